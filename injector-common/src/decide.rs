@@ -1,0 +1,730 @@
+//! The decision about one packet: what the kernel program does with each skb, and what tests compute of the
+//! same packet in user space. Only the tables differ: [`Tables`] is BPF maps there, ordinary memory here.
+//!
+//! The way of a packet, from cheap to dear; most leave early:
+//!
+//! 1. no rules at all, or none for this target and direction: passed, not parsed;
+//! 2. a flow known to meet no rule: parsed, one look-up, passed;
+//! 3. a flow with rules: each of them judges the packet, whatever the others decide;
+//! 4. a flow not seen under this epoch: *classified*, which intersects one bitmap of rules per dimension
+//!    (target, protocol, two addresses, two ports), at a cost that depends on neither the number of rules nor
+//!    of prefixes.
+
+use crate::{
+    fate::{self, Phase},
+    layout::{
+        BITMAP_EMPTY, BITMAP_UNPROTECTED, BITMAP_WORDS, Bitmap, Class, Config, Connection,
+        EXEMPT_WORDS, FlowEntry, FlowKey, FragmentKey, MAX_CANDIDATES, MAX_EXEMPTIONS, MAX_RULES,
+        MAX_SLOTS, NO_PORT, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry,
+        StateKey, Target, TargetCounters, Upper, family, fault, hook, identity, kind, role,
+        rule_flag, state_site, upper_has,
+    },
+    packet::{Fragment, Packet, Parsed, Unparsed, parse},
+    segments::{Matched, Meta, Segments, matching},
+};
+
+/// What to do with a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It goes on, untouched.
+    Pass,
+    /// It vanishes, and its sender is told nothing.
+    Cut,
+}
+
+/// What one pass over a packet came to. The kernel program makes each pass a run of its own (by tail calls):
+/// two passes in one program would be twice the work for the verifier, which follows every path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It goes on, untouched.
+    Pass,
+    /// It vanishes, and its sender is told nothing.
+    Cut,
+    /// More of it can be read now: the same pass is to be made again.
+    Again,
+    /// It leaves through a loopback device and would go on; what is to happen to it on arrival has to be
+    /// decided now too. It would come in again without its route (an IPv4 martian).
+    Arrives,
+}
+
+/// A state after some packets were added to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Advanced {
+    /// The number before.
+    pub before: u64,
+    /// Whether the state was made just now.
+    pub created: bool,
+}
+
+/// The tables. Pointers stay valid while the packet is being decided (in the kernel: until the program
+/// returns, by RCU); entries of per-CPU tables are the caller's alone.
+pub trait Tables {
+    /// The configuration.
+    fn config(&self) -> Option<*const Config>;
+    /// The target in `slot`.
+    fn target(&self, slot: u32) -> Option<*const Target>;
+    /// Bitmap of a protocol class, by copy and [`PROTOCOL_CLASSES`].
+    fn protocol(&self, index: u32) -> Option<u32>;
+    /// Class of a port, by copy and [`PORT_CLASSES`].
+    fn port(&self, index: u32) -> Option<*const Class>;
+    /// Class of an address: the longest prefix that covers it.
+    fn address(&self, key: &Prefix) -> Option<*const Class>;
+    /// A bitmap of the given copy.
+    fn bitmap(&self, copy: u32, index: u32) -> Option<*const Bitmap>;
+    /// A rule, by copy and slot.
+    fn rule(&self, index: u32) -> Option<*const RuleEntry>;
+    /// The epoch under which the flow was found to meet no rule.
+    fn idle(&self, flow: &FlowKey) -> Option<u64>;
+    /// Remembers that the flow meets no rule under `epoch`.
+    fn set_idle(&self, flow: &FlowKey, epoch: u64);
+    /// What is known of a flow.
+    fn flow(&self, flow: &FlowKey) -> Option<*mut FlowEntry>;
+    /// Keeps what was found of a flow; `false` if there is no room.
+    fn set_flow(&self, flow: &FlowKey, entry: &FlowEntry) -> bool;
+    /// Memory for the packet in hand; the caller's alone.
+    fn work(&self) -> Option<*mut Work>;
+    /// Adds `by` to the number of a state, made if it is not there; `None` if there is no room.
+    fn advance(&self, key: &StateKey, by: u64, now_ns: u64) -> Option<Advanced>;
+    /// The number of an existing state.
+    fn state(&self, key: &StateKey) -> Option<u64>;
+    /// Makes a state with number `n` unless there is one; `false` if there is one or no room.
+    fn create_state(&self, key: &StateKey, n: u64, now_ns: u64) -> bool;
+    /// A tracked connection.
+    fn connection(&self, flow: &FlowKey) -> Option<*mut Connection>;
+    /// Begins to track a connection, or begins again; `false` if there is no room.
+    fn set_connection(&self, flow: &FlowKey, connection: &Connection) -> bool;
+    /// What is remembered of a first fragment.
+    fn fragment(&self, key: &FragmentKey) -> Option<Upper>;
+    /// Remembers a first fragment.
+    fn set_fragment(&self, key: &FragmentKey, upper: &Upper);
+    /// Counters of a rule, by slot and direction.
+    fn rule_counters(&self, index: u32) -> Option<*mut RuleCounters>;
+    /// Counters of a target, by slot and direction.
+    fn target_counters(&self, index: u32) -> Option<*mut TargetCounters>;
+    /// `CLOCK_MONOTONIC` in nanoseconds.
+    fn now_ns(&self) -> u64;
+    /// Runs `S` with 0, 1, 2 … until it says `false`, at most `times` times.
+    fn repeat<S: Step>(&self, times: u32, work: &mut Work);
+}
+
+/// The body of a loop whose rounds the verifier need not follow one by one.
+pub trait Step {
+    /// One round; `false` ends the loop.
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool;
+}
+
+/// A table did not have an entry that it must have: our own error, on which the packet passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Missing;
+
+/// Reads a field that user space may store to at the same time, once.
+macro_rules! read_once {
+    ($pointer:expr, $field:ident) => {
+        // SAFETY: `Tables` promises that the pointer is valid; the field is aligned.
+        unsafe { core::ptr::read_volatile(&raw const (*$pointer).$field) }
+    };
+}
+
+/// Words of a bitmap that belong to rules.
+const RULE_WORDS: usize = BITMAP_WORDS - EXEMPT_WORDS;
+
+/// A packet on its way, with all that is found out about it. In the kernel it lives in a per-CPU map: the
+/// stack of a BPF program is 512 bytes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Work {
+    /// What the kernel says of the packet.
+    pub meta: Meta,
+    /// The rule set in force.
+    pub epoch: u64,
+    /// Its copy of the tables.
+    pub copy: u32,
+    /// Bitmap of the target's rules for the direction.
+    pub bitmap: u32,
+    /// What was read of the packet.
+    pub parsed: Parsed,
+    /// The wire packets it stands for.
+    pub segments: Segments,
+    /// Its flow at its site.
+    pub key: FlowKey,
+    /// The state that a rule keeps of it.
+    pub state: StateKey,
+    /// What classification found.
+    pub found: FlowEntry,
+    /// The clock, read once.
+    pub now_ns: u64,
+    /// When its connection was seen to begin; 0 if that was not seen, or connections are not tracked.
+    pub connection: u64,
+    /// Wire packets that rules hit, together.
+    pub hits: u64,
+    /// What is left of an intersection of bitmaps that is being gone through.
+    pub words: [u64; RULE_WORDS],
+    /// The word of it that is at hand.
+    pub word: u32,
+    /// Whether a table lacked an entry in a loop.
+    pub missing: u32,
+    /// Whether the lease has lapsed.
+    pub lapsed: u32,
+    /// Times that a table was full.
+    pub full: u32,
+    /// Later fragments without their first one.
+    pub orphans: u32,
+    /// Whether it matched a rule that a lapsed lease kept from acting.
+    pub idle_lease: u32,
+}
+
+/// Decides about a packet, and counts.
+pub fn decide<P: Packet, T: Tables>(packet: &mut P, meta: Meta, tables: &T) -> Verdict {
+    let mut meta = meta;
+    loop {
+        match pass(packet, meta, tables) {
+            Outcome::Pass => return Verdict::Pass,
+            Outcome::Cut => return Verdict::Cut,
+            Outcome::Again => {}
+            Outcome::Arrives => meta.hook = hook::INGRESS,
+        }
+    }
+}
+
+/// One pass over a packet, in the direction that `meta` says.
+#[inline(always)]
+pub fn pass<P: Packet, T: Tables>(packet: &mut P, meta: Meta, tables: &T) -> Outcome {
+    let Some(config) = tables.config() else {
+        return Outcome::Pass;
+    };
+    let epoch = read_once!(config, epoch);
+    if epoch == 0 {
+        return Outcome::Pass;
+    }
+    let Some(target) = tables.target(u32::from(meta.target)) else {
+        return Outcome::Pass;
+    };
+    let copy = (epoch & 1) as u32;
+    let direction = meta.hook & 1;
+    // SAFETY: valid by `Tables`; user space changes only the copy that is not in force.
+    let (bitmap, track, l2_length, loopback) = unsafe {
+        let target = &*target;
+        (
+            target.bitmap[copy as usize & 1][direction as usize & 1],
+            target.track[copy as usize & 1],
+            target.l2_length,
+            target.loopback,
+        )
+    };
+    let index = u32::from(meta.target) * 2 + direction;
+    let Some(counters) = tables.target_counters(index) else {
+        return Outcome::Pass;
+    };
+    // SAFETY: valid by `Tables`, and the caller's alone.
+    let counters = unsafe { &mut *counters };
+    if bitmap == BITMAP_EMPTY && track == 0 {
+        let packets = if meta.gso_segs > 1 {
+            u64::from(meta.gso_segs)
+        } else {
+            1
+        };
+        counters.seen_packets += packets;
+        counters.seen_bytes += u64::from(meta.length);
+        counters.passed_packets += packets;
+    } else {
+        let Some(work) = tables.work() else {
+            return Outcome::Pass;
+        };
+        // SAFETY: as for the counters.
+        let work = unsafe { &mut *work };
+        work.meta = meta;
+        work.epoch = epoch;
+        work.copy = copy;
+        work.bitmap = bitmap;
+        let outcome = decide_direction(packet, tables, work, config, l2_length, track, counters);
+        if outcome != Outcome::Pass {
+            return outcome;
+        }
+    }
+    if loopback != 0 && direction == hook::EGRESS {
+        Outcome::Arrives
+    } else {
+        Outcome::Pass
+    }
+}
+
+#[inline(always)]
+fn decide_direction<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    work: &mut Work,
+    config: *const Config,
+    l2_length: u32,
+    track: u32,
+    counters: &mut TargetCounters,
+) -> Outcome {
+    let parsed = parse(packet, l2_length, work.meta.protocol, &mut work.parsed);
+    // Only the linear part of an skb can be read. Before a packet counts as unparsable, its headers are pulled
+    // into it; else packets in pages would fail open.
+    if parsed == Err(Unparsed::Truncated) && packet.pull() {
+        return Outcome::Again;
+    }
+    counters.seen_bytes += u64::from(work.meta.length);
+    if parsed.is_err() {
+        counters.seen_packets += 1;
+        counters.passed_packets += 1;
+        counters.unparsed_packets += 1;
+        return Outcome::Pass;
+    }
+    work.segments = Segments::of(&work.parsed, &work.meta);
+    let packets = u64::from(work.segments.count);
+    counters.seen_packets += packets;
+    work.orphans = 0;
+    work.connection = 0;
+    let site = work.meta.target << 1 | work.meta.hook as u16;
+    if work.parsed.fragment != Fragment::Whole {
+        follow_fragment(tables, work, site);
+    }
+    work.parsed.write_flow(&mut work.key);
+    // Read back, so that the verifier does not follow each combination of its bits.
+    let how = read_once!(&raw const work.key, site);
+    let mut verdict = Ok(Verdict::Pass);
+    work.full = 0;
+    work.idle_lease = 0;
+    work.found.surplus = 0;
+    if track != 0 {
+        work.key.site = work.meta.target << 1;
+        track_connection(tables, work);
+    }
+    work.key.site = site | how;
+    if work.bitmap != BITMAP_EMPTY && tables.idle(&work.key) != Some(work.epoch) {
+        verdict = decide_flow(tables, work, config);
+    }
+    counters.orphan_fragments += u64::from(work.orphans);
+    counters.table_full += u64::from(work.full);
+    if verdict == Ok(Verdict::Cut) {
+        counters.cut_packets += packets;
+        return Outcome::Cut;
+    }
+    counters.passed_packets += packets;
+    counters.surplus_rules += u64::from(work.found.surplus);
+    if work.idle_lease != 0 {
+        counters.lapsed_packets += packets;
+    }
+    if verdict == Err(Missing) {
+        counters.errors += 1;
+    }
+    Outcome::Pass
+}
+
+/// [`FlowEntry::slots`] in words of eight bytes.
+type SlotWords = [u64; MAX_CANDIDATES / 4];
+
+const _: () = assert!(core::mem::offset_of!(FlowEntry, slots).is_multiple_of(8));
+
+/// Decides about a packet whose flow is not known to meet no rule.
+#[inline(always)]
+fn decide_flow<T: Tables>(
+    tables: &T,
+    work: &mut Work,
+    config: *const Config,
+) -> Result<Verdict, Missing> {
+    let tag = work.key.tag();
+    let known = match tables.flow(&work.key) {
+        Some(entry) if read_once!(entry, epoch) == work.epoch => {
+            work.now_ns = tables.now_ns();
+            // SAFETY: valid by `Tables`; the time is only ever overwritten with a later one, in one store.
+            // The slots are aligned to eight bytes within their entry, and are copied as such.
+            unsafe {
+                core::ptr::write_volatile(&raw mut (*entry).last_ns, work.now_ns);
+                *(&raw mut work.found.slots).cast::<SlotWords>() =
+                    *(&raw const (*entry).slots).cast::<SlotWords>();
+            }
+            work.found.count = read_once!(entry, count);
+            // What was copied is this flow's only if it still was afterwards.
+            read_once!(entry, tag) == tag && read_once!(entry, epoch) == work.epoch
+        }
+        _ => false,
+    };
+    if !known {
+        if !classify(tables, work) {
+            return Err(Missing);
+        }
+        if work.found.count == 0 {
+            tables.set_idle(&work.key, work.epoch);
+            return Ok(Verdict::Pass);
+        }
+        work.now_ns = tables.now_ns();
+        work.found.last_ns = work.now_ns;
+        work.found.tag = tag;
+        if !tables.set_flow(&work.key, &work.found) {
+            work.full += 1;
+        }
+    }
+    work.lapsed = u32::from(work.now_ns >= read_once!(config, lease_until_ns));
+    work.hits = 0;
+    work.missing = 0;
+    tables.repeat::<Candidate>(work.found.count, work);
+    if work.missing != 0 {
+        return Err(Missing);
+    }
+    Ok(if work.hits != 0 {
+        Verdict::Cut
+    } else {
+        Verdict::Pass
+    })
+}
+
+/// The rules that a flow meets, one a round.
+struct Candidate;
+
+impl Step for Candidate {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
+        let index = index as usize;
+        if index >= MAX_CANDIDATES {
+            return false;
+        }
+        let slot = u32::from(work.found.slots[index]);
+        let direction = work.meta.hook & 1;
+        let (Some(rule), Some(counters)) = (
+            tables.rule(work.copy * MAX_SLOTS + slot),
+            tables.rule_counters(slot * 2 + direction),
+        ) else {
+            work.missing = 1;
+            return false;
+        };
+        // SAFETY: valid by `Tables`; rules of the copy in force are not written, counters are per CPU.
+        work.hits += unsafe { judge(tables, &*rule, work, &mut *counters) };
+        true
+    }
+}
+
+/// One rule's decision about a packet whose flow it is for: how many of its wire packets it hits.
+#[inline(always)]
+fn judge<T: Tables>(
+    tables: &T,
+    rule: &RuleEntry,
+    work: &mut Work,
+    counters: &mut RuleCounters,
+) -> u64 {
+    let segments = &work.segments;
+    let all = u64::from(segments.count);
+    let all_bytes = u64::from(segments.full_length) * (all - 1) + u64::from(segments.last_length);
+    let mut matched = Matched {
+        packets: segments.count,
+        bytes: all_bytes,
+    };
+    if rule.flags & rule_flag::PER_PACKET != 0 {
+        let new = work.connection != 0 && work.connection >= rule.activated_ns;
+        if rule.flags & rule_flag::STATE_NEW != 0 && !new
+            || rule.flags & rule_flag::STATE_ESTABLISHED != 0 && new
+        {
+            return 0;
+        }
+        matched = matching(rule, &work.parsed, segments, work.meta.mark);
+        if matched.packets == 0 {
+            return 0;
+        }
+    }
+    let packets = u64::from(matched.packets);
+    let phase = fate::phase(rule, work.now_ns);
+    if phase == Phase::Over {
+        return 0;
+    }
+    if work.lapsed != 0 {
+        counters.lapsed_packets += packets;
+        work.idle_lease = 1;
+        return 0;
+    }
+    if phase == Phase::Off {
+        counters.off_packets += packets;
+        return 0;
+    }
+    let frame = u64::from(work.parsed.network_offset);
+    counters.matched_packets += packets;
+    counters.matched_bytes += matched.bytes + packets * frame;
+    if counters.first_ns == 0 {
+        counters.first_ns = work.now_ns;
+    }
+    counters.last_ns = work.now_ns;
+
+    work.state = StateKey {
+        flow: work.key,
+        activation: rule.activation,
+        reserved: 0,
+    };
+    if rule.identity == identity::SERVICE {
+        fate::make_service(&mut work.state.flow);
+    }
+    work.state.flow.site = if work.meta.hook == hook::EGRESS {
+        state_site::EGRESS
+    } else {
+        state_site::INGRESS
+    };
+    let mut advanced = tables.advance(&work.state, packets, work.now_ns);
+    if let Some(Advanced { created: true, .. }) = advanced {
+        counters.flows += 1;
+    }
+    if rule.fault == fault::ONCE {
+        work.state.flow = FlowKey {
+            site: state_site::RULE,
+            ..FlowKey::default()
+        };
+        advanced = tables.advance(&work.state, packets, work.now_ns);
+    }
+    let hits = match advanced {
+        Some(advanced) => fate::hits(rule, advanced.before, packets),
+        // Without state a position is not known: only what does not depend on it is decided.
+        None => {
+            counters.stateless_packets += packets;
+            work.full += 1;
+            if rule.fault == fault::CUT { packets } else { 0 }
+        }
+    };
+    if hits != 0 {
+        counters.cut_packets += hits;
+        counters.cut_bytes += all_bytes + all * frame;
+        counters.excess_packets += all - hits;
+    }
+    hits
+}
+
+/// Gives a fragment what its first one had, or remembers it for those that follow.
+#[inline(always)]
+fn follow_fragment<T: Tables>(tables: &T, work: &mut Work, site: u16) {
+    let parsed = &mut work.parsed;
+    let key = FragmentKey {
+        source: parsed.source,
+        destination: parsed.destination,
+        id: parsed.fragment_id,
+        site,
+        protocol: parsed.fragment_protocol,
+        kind: if parsed.upper.kind == kind::V4 {
+            kind::V4
+        } else {
+            kind::V6
+        },
+    };
+    if parsed.fragment == Fragment::First {
+        tables.set_fragment(&key, &parsed.upper);
+    } else if let Some(upper) = tables.fragment(&key) {
+        parsed.upper = upper;
+    } else {
+        work.orphans = 1;
+    }
+}
+
+/// Keeps the table of connections, and finds out when this one began.
+#[inline(never)]
+fn track_connection<T: Tables>(tables: &T, work: &mut Work) {
+    let now_ns = tables.now_ns();
+    let opens = work.parsed.opens() && work.parsed.fragment != Fragment::Later;
+    if !opens {
+        if let Some(connection) = tables.connection(&work.key) {
+            // SAFETY: valid by `Tables`; the time is only ever overwritten with a later one.
+            unsafe { core::ptr::write_volatile(&raw mut (*connection).last_ns, now_ns) };
+            work.connection = read_once!(connection, first_ns);
+            return;
+        }
+        if work.parsed.has_opening() {
+            return;
+        }
+    }
+    if tables.set_connection(
+        &work.key,
+        &Connection {
+            first_ns: now_ns,
+            last_ns: now_ns,
+        },
+    ) {
+        work.connection = now_ns;
+    } else {
+        work.full += 1;
+    }
+}
+
+/// Finds the rules whose conditions on the flow hold; `false` if a table lacks an entry.
+#[inline(never)]
+fn classify<T: Tables>(tables: &T, work: &mut Work) -> bool {
+    find_candidates(tables, work).is_some()
+}
+
+#[inline(always)]
+fn find_candidates<T: Tables>(tables: &T, work: &mut Work) -> Option<()> {
+    work.missing = 0;
+    work.found.epoch = work.epoch;
+    work.found.count = 0;
+    work.found.surplus = 0;
+    let copy = work.copy;
+    let direction = work.meta.hook & 1;
+    let upper = &work.parsed.upper;
+    let class = u32::from(upper.kind & 3) << 8 | u32::from(upper.protocol);
+    let protocol = tables.protocol(copy * PROTOCOL_CLASSES + class)?;
+    let source = role::source(direction);
+    let destination = role::destination(direction);
+    let (source_port, destination_port) = if upper.has & upper_has::PORTS != 0 {
+        (
+            u32::from(upper.source_port),
+            u32::from(upper.destination_port),
+        )
+    } else {
+        (NO_PORT, NO_PORT)
+    };
+    let family = if upper.has & upper_has::ADDRESSES == 0 {
+        family::NONE
+    } else if upper.kind == kind::V6 || upper.kind == kind::ND {
+        family::V6
+    } else {
+        family::V4
+    };
+    let tag = Prefix::tag(copy, family);
+    let source_class = tables.address(&prefix(tag, work.parsed.source))?;
+    let destination_class = tables.address(&prefix(tag, work.parsed.destination))?;
+    let source_port_class = tables.port(copy * PORT_CLASSES + source_port)?;
+    let destination_port_class = tables.port(copy * PORT_CLASSES + destination_port)?;
+    // SAFETY: valid by `Tables`; the copy in force is not written. The same for all bitmaps.
+    let (a, b, c, d) = unsafe {
+        (
+            (*source_class).bitmap[source],
+            (*destination_class).bitmap[destination],
+            (*source_port_class).bitmap[source],
+            (*destination_port_class).bitmap[destination],
+        )
+    };
+    let target = tables.bitmap(copy, work.bitmap)?;
+    let protocol = tables.bitmap(copy, protocol)?;
+    let a = tables.bitmap(copy, a)?;
+    let b = tables.bitmap(copy, b)?;
+    let c = tables.bitmap(copy, c)?;
+    let d = tables.bitmap(copy, d)?;
+    let unprotected = tables.bitmap(copy, BITMAP_UNPROTECTED)?;
+    let intersection = |word: usize| {
+        // SAFETY: as above, and `word` is within the arrays.
+        unsafe {
+            (*target).words[word]
+                & (*protocol).words[word]
+                & (*a).words[word]
+                & (*b).words[word]
+                & (*c).words[word]
+                & (*d).words[word]
+        }
+    };
+    let mut exempt = 0;
+    for word in 0..EXEMPT_WORDS {
+        exempt |= intersection(word);
+    }
+    let acting = if exempt == 0 { u64::MAX } else { 0 };
+    let mut any = 0;
+    for word in 0..RULE_WORDS {
+        // SAFETY: as above.
+        let mask = acting | unsafe { (*unprotected).words[EXEMPT_WORDS + word] };
+        let bits = intersection(EXEMPT_WORDS + word) & mask;
+        work.words[word] = bits;
+        any |= bits;
+    }
+    if any != 0 {
+        work.word = 0;
+        tables.repeat::<Bits>(MAX_RULES + RULE_WORDS as u32, work);
+    }
+    if work.missing != 0 { None } else { Some(()) }
+}
+
+/// The bits of an intersection: in each round the lowest one of a word, or on to the next word.
+struct Bits;
+
+impl Step for Bits {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, _index: u32, work: &mut Work) -> bool {
+        let word = work.word as usize;
+        if word >= RULE_WORDS {
+            return false;
+        }
+        let bits = work.words[word];
+        if bits == 0 {
+            work.word = word as u32 + 1;
+            return true;
+        }
+        let bit = bits & bits.wrapping_neg();
+        work.words[word] = bits ^ bit;
+        let slot = (EXEMPT_WORDS + word) as u32 * 64 + fate::position(bit);
+        if add_candidate(tables, work, slot).is_none() {
+            work.missing = 1;
+            return false;
+        }
+        true
+    }
+}
+
+/// Adds the rule in `slot` to what was found, unless the flow is not in its share.
+#[inline(always)]
+fn add_candidate<T: Tables>(tables: &T, work: &mut Work, slot: u32) -> Option<()> {
+    let rule = tables.rule(work.copy * MAX_SLOTS + slot)?;
+    // SAFETY: valid by `Tables`; the copy in force is not written.
+    let rule = unsafe { &*rule };
+    if rule.flags & rule_flag::SHARE != 0 && in_share(tables, rule, work) == 0 {
+        return Some(());
+    }
+    let count = work.found.count as usize;
+    if count < MAX_CANDIDATES {
+        work.found.slots[count] = slot as u16;
+        work.found.count = count as u32 + 1;
+    } else {
+        work.found.surplus = 1;
+    }
+    Some(())
+}
+
+#[inline(always)]
+fn prefix(tag: u32, address: [u64; 2]) -> Prefix {
+    let [a, b] = address.map(u64::to_ne_bytes);
+    let word = |bytes: [u8; 8], at: usize| {
+        u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+    };
+    Prefix {
+        tag,
+        address: [word(a, 0), word(a, 4), word(b, 0), word(b, 4)],
+    }
+}
+
+/// 1 if the flow belongs to the share of `rule`, else 0.
+#[inline(never)]
+fn in_share<T: Tables>(tables: &T, rule: &RuleEntry, work: &mut Work) -> u64 {
+    work.state = StateKey {
+        flow: work.key,
+        activation: rule.activation,
+        reserved: 0,
+    };
+    let ordinal = if rule.identity == identity::ORDINAL {
+        ordinal(tables, work)
+    } else {
+        0
+    };
+    work.state.flow = work.key;
+    if rule.identity != identity::TUPLE {
+        fate::make_service(&mut work.state.flow);
+    }
+    u64::from(fate::share_draw(rule, &work.state.flow, ordinal) < rule.share)
+}
+
+/// The number, from 1, of a flow among those to its service, in order of first sight under the rule of
+/// `work.state`. 0 where there is no room to keep it.
+#[inline(always)]
+fn ordinal<T: Tables>(tables: &T, work: &mut Work) -> u64 {
+    work.state.flow.site = state_site::ORDINAL;
+    if let Some(number) = tables.state(&work.state) {
+        return number;
+    }
+    fate::make_service(&mut work.state.flow);
+    work.state.flow.site = state_site::SERVICE;
+    let now_ns = tables.now_ns();
+    let Some(advanced) = tables.advance(&work.state, 1, now_ns) else {
+        return 0;
+    };
+    let number = advanced.before + 1;
+    work.state.flow = work.key;
+    work.state.flow.site = state_site::ORDINAL;
+    if tables.create_state(&work.state, number, now_ns) {
+        number
+    } else {
+        // Another CPU met the flow's other direction at the same moment: its number holds.
+        tables.state(&work.state).unwrap_or(0)
+    }
+}
+
+/// Slots below this one are exemptions.
+pub const FIRST_RULE_SLOT: u32 = MAX_EXEMPTIONS;

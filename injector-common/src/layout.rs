@@ -1,0 +1,550 @@
+//! Keys and values of the tables that kernel and user space share.
+//!
+//! Everything is `repr(C)`, of fixed width and without padding; sizes are asserted at compile time. The
+//! tables themselves are in `injector-ebpf/src/tables.rs`, with who writes and who reads each of them.
+//!
+//! # Epochs
+//!
+//! A rule set is an *epoch*. Tables that depend on it hold two copies; [`Config::epoch`] says, by its lowest
+//! bit, which of them is in force. User space fills the other copy, then stores the new epoch: a change of
+//! any size becomes visible with that one store. What was cached under an older epoch is recognised by its
+//! number and decided anew.
+
+use core::mem::{offset_of, size_of};
+
+/// Rules at most. One bit of a [`Bitmap`] each.
+pub const MAX_RULES: u32 = 1024;
+/// Exemptions at most (the protect list). They have the lowest slots, so that one pass over a bitmap knows
+/// whether a packet is exempt before it comes to the rules.
+pub const MAX_EXEMPTIONS: u32 = 128;
+/// Slots of exemptions and rules together.
+pub const MAX_SLOTS: u32 = MAX_EXEMPTIONS + MAX_RULES;
+/// Words of a bitmap over all slots.
+pub const BITMAP_WORDS: usize = (MAX_SLOTS / 64) as usize;
+/// Words of a bitmap that belong to exemptions.
+pub const EXEMPT_WORDS: usize = (MAX_EXEMPTIONS / 64) as usize;
+/// Rules that one packet can meet. More are counted, and the surplus does not act.
+pub const MAX_CANDIDATES: usize = 16;
+/// Entries of the protocol table: [`Kind`] and protocol number.
+pub const PROTOCOL_CLASSES: u32 = 4 * 256;
+/// Entries of the port table: every port, and [`NO_PORT`].
+pub const PORT_CLASSES: u32 = 65_537;
+/// The port table's entry for packets without ports.
+pub const NO_PORT: u32 = 65_536;
+/// The bitmap in which no bit is set. Its index is fixed: a packet whose target has this one for its
+/// direction is not even parsed.
+pub const BITMAP_EMPTY: u32 = 0;
+/// The bitmap of the rules that act on exempt packets too.
+pub const BITMAP_UNPROTECTED: u32 = 1;
+/// Length ranges of one rule.
+pub const MAX_LENGTHS: usize = 4;
+/// Firewall marks of one rule.
+pub const MAX_MARKS: usize = 4;
+
+/// Direction of a packet as seen at its target, and index of everything that is kept by direction.
+pub mod hook {
+    /// Leaving through the interface.
+    pub const EGRESS: u32 = 0;
+    /// Arriving at the interface.
+    pub const INGRESS: u32 = 1;
+}
+
+/// What kind of packet a [`FlowKey`] or a protocol class is about.
+pub mod kind {
+    /// IPv4.
+    pub const V4: u8 = 0;
+    /// IPv6, neighbour discovery excepted.
+    pub const V6: u8 = 1;
+    /// Neither: ARP (protocol 0) and all other ethertypes (protocol 1).
+    pub const OTHER: u8 = 2;
+    /// IPv6 neighbour discovery.
+    pub const ND: u8 = 3;
+}
+
+/// The protocol number of ARP within [`kind::OTHER`].
+pub const OTHER_ARP: u8 = 0;
+/// The protocol number of every other ethertype within [`kind::OTHER`].
+pub const OTHER_ETHERTYPE: u8 = 1;
+
+/// What the program reads first. One entry, written by user space through a mapping, field by field.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Config {
+    /// The epoch in force; 0 while there are no rules.
+    pub epoch: u64,
+    /// `CLOCK_MONOTONIC` in nanoseconds until which rules act. The daemon moves it on while it lives.
+    pub lease_until_ns: u64,
+}
+
+/// An interface to which the programs are attached. Slot 0 is for test runs, which have no filter.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Target {
+    /// Bytes in front of the network header: 14 on Ethernet, 0 on a device without a link layer.
+    pub l2_length: u32,
+    /// Whether it is a loopback device, where a packet is decided for both directions as it leaves.
+    pub loopback: u32,
+    /// By copy and [`hook`]: index of the bitmap of rules for that direction.
+    pub bitmap: [[u32; 2]; 2],
+    /// By copy: whether connections are tracked, because a rule selects on their state.
+    pub track: [u32; 2],
+}
+
+/// A set of rules and exemptions, one bit a slot.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Bitmap {
+    /// Slot s is bit `s % 64` of word `s / 64`.
+    pub words: [u64; BITMAP_WORDS],
+}
+
+impl Default for Bitmap {
+    fn default() -> Self {
+        Self {
+            words: [0; BITMAP_WORDS],
+        }
+    }
+}
+
+/// A place in which an address or a port can stand, as index of a class: by direction, source and
+/// destination.
+pub mod role {
+    /// Source of a packet in direction `hook`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn source(hook: u32) -> usize {
+        (hook * 2) as usize
+    }
+
+    /// Destination of a packet in direction `hook`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn destination(hook: u32) -> usize {
+        (hook * 2 + 1) as usize
+    }
+}
+
+/// What an address or a port means to the rules: by [`role`], the index of a bitmap.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Class {
+    /// Index of the bitmap of the rules whose conditions on that role hold.
+    pub bitmap: [u32; 4],
+}
+
+/// Key of the prefix trie, behind the length of the prefix: [`Prefix::TAG_BITS`] and that of the address's.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Prefix {
+    /// Copy and family ([`Prefix::tag`]).
+    pub tag: u32,
+    /// The address in network order; IPv4 in the first four bytes. In words of 32 bits, because the kernel
+    /// has the length in front of it, and no padding.
+    pub address: [u32; 4],
+}
+
+impl Prefix {
+    /// Bits in front of the address.
+    pub const TAG_BITS: u32 = 32;
+    /// Bits of the whole key.
+    pub const BITS: u32 = Self::TAG_BITS + 128;
+
+    /// The tag of a copy of the addresses of a [`family`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn tag(copy: u32, family: u32) -> u32 {
+        copy | family << 1
+    }
+}
+
+/// Families of addresses in the prefix trie.
+pub mod family {
+    /// IPv4, and ARP's.
+    pub const V4: u32 = 0;
+    /// IPv6.
+    pub const V6: u32 = 1;
+    /// A packet without addresses. Only rules that ask nothing of them match it.
+    pub const NONE: u32 = 2;
+}
+
+/// One conversation. Both directions have the same addresses and ports here, in canonical order.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// The lower of the two ends: its address in network order; IPv4 in the first four bytes.
+    pub low: [u64; 2],
+    /// The higher end's address.
+    pub high: [u64; 2],
+    /// The lower end's port; the identifier of an ICMP echo; 0 where there is none.
+    pub low_port: u16,
+    /// The higher end's port.
+    pub high_port: u16,
+    /// Protocol number.
+    pub protocol: u8,
+    /// [`kind`].
+    pub kind: u8,
+    /// Where and how it was seen: twice the target's slot, plus [`hook`], plus bits of [`site`]. 0 in
+    /// everything that is hashed.
+    pub site: u16,
+}
+
+/// Parts of a site: what tells packets of one flow apart, at one target and in one direction, for which
+/// different rules hold.
+pub mod site {
+    /// The packet has no ports (a later fragment, say), and rules that ask for any do not match it, unlike one
+    /// whose ports are really 0.
+    pub const PORTLESS: u16 = 0x8000;
+    /// The packet has no addresses, unlike one whose addresses are really 0.
+    pub const ADDRESSLESS: u16 = 0x4000;
+    /// The packet goes from the higher end to the lower one. A loopback device, a bridge and a router's
+    /// interface see both ways of a flow in one direction.
+    pub const REVERSED: u16 = 0x2000;
+}
+
+/// Targets at most: their slots share the site with the bits of [`site`].
+pub const MAX_TARGETS: u16 = site::REVERSED / 2;
+
+impl FlowKey {
+    /// A number that two flows hardly ever share. (Not a hash for tables: it need not mix.)
+    #[inline(always)]
+    #[must_use]
+    pub fn tag(&self) -> u64 {
+        let rest = u64::from(self.low_port)
+            | u64::from(self.high_port) << 16
+            | u64::from(self.protocol) << 32
+            | u64::from(self.kind) << 40
+            | u64::from(self.site) << 48;
+        self.low[0]
+            ^ self.low[1].rotate_left(13)
+            ^ self.high[0].rotate_left(29)
+            ^ self.high[1].rotate_left(43)
+            ^ rest
+    }
+}
+
+/// What is known of a flow at one site, under one epoch.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FlowEntry {
+    /// [`FlowKey::tag`] of the flow. An element that is deleted or replaced may be given to another flow at
+    /// once, while a program on another CPU still reads it (`free_htab_elem` puts it where `alloc_htab_elem`
+    /// takes from, kernel/bpf/hashtab.c, 6.1); the tag tells. It comes first, so that it is overwritten first.
+    pub tag: u64,
+    /// The epoch under which it was decided.
+    pub epoch: u64,
+    /// When a packet of it was last seen, `CLOCK_MONOTONIC` in nanoseconds.
+    pub last_ns: u64,
+    /// How many of `slots` are in use.
+    pub count: u32,
+    /// Whether more rules matched than fit.
+    pub surplus: u32,
+    /// Slots of the rules whose conditions on the flow hold, in ascending order.
+    pub slots: [u16; MAX_CANDIDATES],
+}
+
+/// Key of the state that a rule keeps of a flow.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct StateKey {
+    /// The flow, as the rule identifies flows. `site` is one of [`state_site`].
+    pub flow: FlowKey,
+    /// [`RuleEntry::activation`] of the rule.
+    pub activation: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// What a [`StateKey`] is about, in the place of the site.
+pub mod state_site {
+    /// Packets leaving: [`super::hook::EGRESS`].
+    pub const EGRESS: u16 = 0;
+    /// Packets arriving: [`super::hook::INGRESS`].
+    pub const INGRESS: u16 = 1;
+    /// The number of a flow among those to its service; both directions.
+    pub const ORDINAL: u16 = 2;
+    /// How many flows to a service there have been; both directions.
+    pub const SERVICE: u16 = 3;
+    /// The rule as a whole.
+    pub const RULE: u16 = 4;
+}
+
+/// State of a flow under a rule.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct State {
+    /// How many wire packets matched so far (or the ordinal, or the number of ordinals given out).
+    pub n: u64,
+    /// When it was last used, `CLOCK_MONOTONIC` in nanoseconds.
+    pub last_ns: u64,
+}
+
+/// A tracked connection; key is a [`FlowKey`] with `site` twice the target's slot.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Connection {
+    /// When it began: its SYN, its INIT, or its first packet. `CLOCK_MONOTONIC` in nanoseconds.
+    pub first_ns: u64,
+    /// When a packet of it was last seen.
+    pub last_ns: u64,
+}
+
+/// Key of what is remembered of a first fragment.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct FragmentKey {
+    /// Source address, as in [`FlowKey`].
+    pub source: [u64; 2],
+    /// Destination address.
+    pub destination: [u64; 2],
+    /// The datagram's identification.
+    pub id: u32,
+    /// Twice the target's slot, plus [`hook`].
+    pub site: u16,
+    /// IPv4: the protocol, which is part of a datagram's identity (RFC 791). IPv6: 0 (RFC 8200).
+    pub protocol: u8,
+    /// [`kind::V4`] or [`kind::V6`].
+    pub kind: u8,
+}
+
+/// What later fragments take from their first one.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Upper {
+    /// Source port, or the identifier of an ICMP echo.
+    pub source_port: u16,
+    /// Destination port, or the identifier of an ICMP echo.
+    pub destination_port: u16,
+    /// Protocol number.
+    pub protocol: u8,
+    /// [`kind`].
+    pub kind: u8,
+    /// TCP flags, ICMP type, or SCTP chunk type.
+    pub detail: u8,
+    /// [`upper_has`].
+    pub has: u8,
+}
+
+/// Bits of [`Upper::has`].
+pub mod upper_has {
+    /// The ports are ports, and port selectors apply.
+    pub const PORTS: u8 = 1;
+    /// `detail` holds TCP flags.
+    pub const TCP_FLAGS: u8 = 2;
+    /// `detail` holds an ICMP or ICMPv6 type.
+    pub const ICMP_TYPE: u8 = 4;
+    /// `detail` holds the type of an SCTP packet's first chunk.
+    pub const SCTP_CHUNK: u8 = 8;
+    /// The packet has addresses.
+    pub const ADDRESSES: u8 = 16;
+}
+
+/// Bits of [`RuleEntry::flags`]: what has to be looked at beyond the bitmaps.
+pub mod rule_flag {
+    /// TCP flags.
+    pub const TCP_FLAGS: u32 = 1;
+    /// Length ranges.
+    pub const LENGTH: u32 = 1 << 1;
+    /// DSCP.
+    pub const DSCP: u32 = 1 << 2;
+    /// Firewall mark.
+    pub const MARK: u32 = 1 << 3;
+    /// ICMP or ICMPv6 type.
+    pub const ICMP_TYPE: u32 = 1 << 4;
+    /// Connections that began under the rule.
+    pub const STATE_NEW: u32 = 1 << 5;
+    /// Connections that did not.
+    pub const STATE_ESTABLISHED: u32 = 1 << 6;
+    /// A share of flows.
+    pub const SHARE: u32 = 1 << 7;
+    /// Everything that is judged packet by packet.
+    pub const PER_PACKET: u32 =
+        TCP_FLAGS | LENGTH | DSCP | MARK | ICMP_TYPE | STATE_NEW | STATE_ESTABLISHED;
+}
+
+/// Values of [`RuleEntry::identity`].
+pub mod identity {
+    /// Protocol, both addresses, both ports.
+    pub const TUPLE: u32 = 0;
+    /// Without the ephemeral port.
+    pub const SERVICE: u32 = 1;
+    /// The k-th flow to a service.
+    pub const ORDINAL: u32 = 2;
+}
+
+/// Values of [`RuleEntry::fault`].
+pub mod fault {
+    /// Every packet is lost.
+    pub const CUT: u32 = 0;
+    /// The `n`-th.
+    pub const NTH: u32 = 1;
+    /// The first `n`.
+    pub const FIRST: u32 = 2;
+    /// Every `n`-th.
+    pub const EVERY: u32 = 3;
+    /// Positions of a one in `pattern`, over and over.
+    pub const PATTERN: u32 = 4;
+    /// The same, once.
+    pub const PATTERN_ONCE: u32 = 5;
+    /// The first packet of the whole rule.
+    pub const ONCE: u32 = 6;
+}
+
+/// A rule, as the program judges it once the bitmaps have named it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RuleEntry {
+    /// Number of the activation, unique while the program is loaded: part of the key of all state, so that a
+    /// rule that is changed, or another in the same slot, starts again.
+    pub activation: u32,
+    /// [`rule_flag`].
+    pub flags: u32,
+    /// [`fault`].
+    pub fault: u32,
+    /// [`identity`].
+    pub identity: u32,
+    /// First half of the key of the random stream ([`crate::siphash::rule_key`]).
+    pub key0: u64,
+    /// Second half.
+    pub key1: u64,
+    /// Flows whose 32-bit draw is below are in: 0 to 2^32.
+    pub share: u64,
+    /// Activation, `CLOCK_MONOTONIC` in nanoseconds.
+    pub activated_ns: u64,
+    /// End of the lifetime, `CLOCK_MONOTONIC` in nanoseconds; 0 for none.
+    pub deadline_ns: u64,
+    /// Length of a flap cycle in nanoseconds; 0 for none.
+    pub flap_period_ns: u64,
+    /// First part of the cycle, in which the fault does not act.
+    pub flap_up_ns: u64,
+    /// How far into a cycle the activation is.
+    pub flap_phase_ns: u64,
+    /// Number of a positional fault; at least 1.
+    pub n: u64,
+    /// Pattern: position p (from 0) is bit `p % 64` of word `p / 64`.
+    pub pattern: [u64; 4],
+    /// Bits in the pattern: 1 to 256.
+    pub pattern_length: u32,
+    /// How many of `lengths` are in use.
+    pub length_count: u32,
+    /// How many of `marks` are in use.
+    pub mark_count: u32,
+    /// TCP flags that must be as in `tcp_value`, in the lowest byte; their values in the second.
+    pub tcp_mask_value: u32,
+    /// DSCP code points, one bit each.
+    pub dscp: u64,
+    /// Length ranges in bytes, both ends included.
+    pub lengths: [[u32; 2]; MAX_LENGTHS],
+    /// Firewall marks: value, mask.
+    pub marks: [[u32; 2]; MAX_MARKS],
+    /// ICMP types, one bit each.
+    pub icmp_types: [u64; 4],
+    /// ICMPv6 types, one bit each.
+    pub icmpv6_types: [u64; 4],
+}
+
+/// What a rule did, in one direction, on one CPU. Packets are wire packets; bytes are those of their frames.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RuleCounters {
+    /// Packets that matched while the rule acted.
+    pub matched_packets: u64,
+    /// Their bytes.
+    pub matched_bytes: u64,
+    /// Packets that the rule chose to lose.
+    pub cut_packets: u64,
+    /// Bytes that were lost by that, those of `excess_packets` included.
+    pub cut_bytes: u64,
+    /// Packets that went with chosen ones because they shared a super-packet.
+    pub excess_packets: u64,
+    /// Flows of which a packet matched.
+    pub flows: u64,
+    /// Packets that matched while a flapping link was up.
+    pub off_packets: u64,
+    /// Packets that matched while the lease had lapsed: the rule should have acted and did not.
+    pub lapsed_packets: u64,
+    /// Packets that were decided without state because the table was full.
+    pub stateless_packets: u64,
+    /// When the first packet matched, `CLOCK_MONOTONIC` in nanoseconds; 0 for never.
+    pub first_ns: u64,
+    /// When the last packet matched.
+    pub last_ns: u64,
+}
+
+/// What was seen at a target in one direction, on one CPU, while there were rules. Wire packets.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TargetCounters {
+    /// Packets seen.
+    pub seen_packets: u64,
+    /// Their bytes (a super-packet's headers counted once).
+    pub seen_bytes: u64,
+    /// Packets that went on.
+    pub passed_packets: u64,
+    /// Packets that were cut, by however many rules, excess included.
+    pub cut_packets: u64,
+    /// Packets that could not be parsed, and passed.
+    pub unparsed_packets: u64,
+    /// Later fragments whose first one was not seen.
+    pub orphan_fragments: u64,
+    /// Failures of our own; the packet passed.
+    pub errors: u64,
+    /// Times that a table was full: flows decided anew with each packet, states not kept.
+    pub table_full: u64,
+    /// Packets that matched a rule while the lease had lapsed.
+    pub lapsed_packets: u64,
+    /// Flows that matched more rules than one packet can meet.
+    pub surplus_rules: u64,
+}
+
+const _: () = {
+    assert!(MAX_SLOTS.is_multiple_of(64) && MAX_EXEMPTIONS.is_multiple_of(64));
+    assert!(size_of::<Config>() == 16);
+    assert!(size_of::<Target>() == 32);
+    assert!(size_of::<Bitmap>() == 144);
+    assert!(size_of::<Class>() == 16);
+    assert!(size_of::<Prefix>() == 20);
+    assert!(size_of::<FlowKey>() == 40 && offset_of!(FlowKey, low_port) == 32);
+    assert!(offset_of!(FlowKey, protocol) == 36 && offset_of!(FlowKey, site) == 38);
+    assert!(size_of::<FlowEntry>() == 32 + 2 * MAX_CANDIDATES);
+    assert!(size_of::<StateKey>() == 48);
+    assert!(size_of::<State>() == 16);
+    assert!(size_of::<Connection>() == 16);
+    assert!(size_of::<FragmentKey>() == 40);
+    assert!(size_of::<Upper>() == 8);
+    assert!(size_of::<RuleEntry>() == 272 && offset_of!(RuleEntry, dscp) == 136);
+    assert!(size_of::<RuleCounters>() == 88);
+    assert!(size_of::<TargetCounters>() == 80);
+};
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::{
+        Bitmap, Class, Config, Connection, FlowEntry, FlowKey, FragmentKey, Prefix, RuleCounters,
+        RuleEntry, State, StateKey, Target, TargetCounters, Upper,
+    };
+
+    macro_rules! pod {
+        ($($type:ty),+ $(,)?) => {$(
+            // SAFETY: `repr(C)`, fixed-width integers only, no padding (sizes asserted above).
+            unsafe impl aya::Pod for $type {}
+        )+};
+    }
+
+    pod!(
+        Bitmap,
+        Class,
+        Config,
+        Connection,
+        FlowEntry,
+        FlowKey,
+        FragmentKey,
+        Prefix,
+        RuleCounters,
+        RuleEntry,
+        State,
+        StateKey,
+        Target,
+        TargetCounters,
+        Upper,
+    );
+}

@@ -1,0 +1,17 @@
+//! What the injector's kernel program and its user space share.
+//!
+//! [`layout`] is the contract: the tables' keys and values. [`packet`] reads headers, [`segments`] turns
+//! a super-packet into wire packets, [`fate`] holds the arithmetic of faults, and [`decide`] is the whole
+//! decision about one packet, over tables that are BPF maps in the kernel and ordinary memory in tests.
+//!
+//! Everything here is `no_std`, and is compiled for the BPF target as well as for the host: no floating
+//! point, no panics that could be reached, loops with a constant bound.
+
+#![cfg_attr(not(any(feature = "std", test)), no_std)]
+
+pub mod decide;
+pub mod fate;
+pub mod layout;
+pub mod packet;
+pub mod segments;
+pub mod siphash;
