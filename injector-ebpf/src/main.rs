@@ -1,0 +1,82 @@
+//! The injector's TC programs, one for each direction.
+//!
+//! An entry point builds the context, lets [`injector_common::decide`] decide, and turns the verdict into an
+//! action. Maps are in [`tables`], reading of the skb in [`skb`].
+//!
+//! A packet can need more than one pass: because its headers had to be pulled into the linear part first, or
+//! because it leaves through a loopback device and is decided for arrival as well. Each pass is a run of its
+//! own, by a tail call.
+//!
+//! Both are cls_bpf filters in direct-action mode on clsact. To pass a packet they return `TC_ACT_UNSPEC`:
+//! filters behind them still see it, and `tc_index` is left alone (`TC_ACT_OK` would overwrite it from
+//! `tc_classid`: `sch_handle_egress`, net/core/dev.c, 6.1). To cut one they return `TC_ACT_STOLEN`: the skb is
+//! consumed and the sender is told `NET_XMIT_SUCCESS`, where `TC_ACT_SHOT` would tell it `NET_XMIT_DROP`.
+
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch, core_intrinsics)]
+#![expect(
+    internal_features,
+    reason = "BPF's fetch-and-add is reached only through the intrinsic"
+)]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    reason = "what the classifier macro makes of a documented function"
+)]
+
+mod skb;
+mod tables;
+
+use aya_ebpf::{
+    bindings::{TC_ACT_STOLEN, TC_ACT_UNSPEC},
+    macros::classifier,
+    programs::TcContext,
+};
+use injector_common::{
+    decide::{Outcome, pass},
+    layout::hook,
+};
+
+/// Packets that leave through the interface.
+#[classifier]
+pub fn injector_egress(ctx: TcContext) -> i32 {
+    run(&ctx, hook::EGRESS)
+}
+
+/// Packets that arrive at the interface.
+#[classifier]
+pub fn injector_ingress(ctx: TcContext) -> i32 {
+    run(&ctx, hook::INGRESS)
+}
+
+/// Passes everything: what `cargo xtask bench` measures the cost of the others against.
+#[classifier]
+pub fn injector_empty(_ctx: TcContext) -> i32 {
+    TC_ACT_UNSPEC
+}
+
+#[inline(always)]
+fn run(ctx: &TcContext, direction: u32) -> i32 {
+    let mut packet = skb::SkbPacket::new(ctx);
+    let next = match pass(&mut packet, skb::meta(ctx, direction), &tables::Kernel) {
+        Outcome::Pass => return TC_ACT_UNSPEC,
+        Outcome::Cut => return TC_ACT_STOLEN,
+        Outcome::Again => direction,
+        Outcome::Arrives => hook::INGRESS,
+    };
+    tables::tail_call(ctx, next);
+    // Still here: the table of programs is empty, since nobody holds the data plane any more.
+    TC_ACT_UNSPEC
+}
+
+/// A panic that could be reached would be an endless loop, which the verifier refuses.
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// Some of the helpers in use are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+pub static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,281 @@
+//! The maps, and the decision's view of them.
+//!
+//! "Mapped" tables are arrays that user space writes through a shared mapping (`BPF_F_MMAPABLE`): a whole
+//! rule set costs no system call but the prefixes'. Sizes marked *load time* are set by the loader.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    helpers::{bpf_ktime_get_ns, bpf_loop},
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, lpm_trie::Key},
+    programs::TcContext,
+};
+use injector_common::{
+    decide::{Advanced, Step, Tables, Work},
+    layout::{
+        Bitmap, Class, Config, Connection, FlowEntry, FlowKey, FragmentKey, MAX_SLOTS,
+        PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, State, StateKey, Target,
+        TargetCounters, Upper,
+    },
+};
+
+const BPF_F_NO_PREALLOC: u32 = 1;
+const BPF_F_MMAPABLE: u32 = 1 << 10;
+const BPF_ANY: u64 = 0;
+const BPF_NOEXIST: u64 = 1;
+
+/// Epoch and lease. Mapped: written by user space, one field at a time. One entry.
+#[map]
+static CONFIG: Array<Config> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Targets by slot. Mapped. Load time.
+#[map]
+static TARGETS: Array<Target> = Array::with_max_entries(256, BPF_F_MMAPABLE);
+
+/// Index of a bitmap by protocol class, two copies. Mapped.
+#[map]
+static PROTOCOLS: Array<u32> = Array::with_max_entries(2 * PROTOCOL_CLASSES, BPF_F_MMAPABLE);
+
+/// Classes of ports, two copies. Mapped.
+#[map]
+static PORTS: Array<Class> = Array::with_max_entries(2 * PORT_CLASSES, BPF_F_MMAPABLE);
+
+/// Classes of addresses by prefix; both copies' entries in one trie, told apart by the tag. Written by user
+/// space, entry by entry. Load time.
+#[map]
+static PREFIXES: LpmTrie<Prefix, Class> = LpmTrie::with_max_entries(1 << 16, BPF_F_NO_PREALLOC);
+
+/// Distinct bitmaps; the second copy follows after [`BITMAPS_PER_COPY`] entries. Mapped. Load time.
+#[map]
+static BITMAPS: Array<Bitmap> = Array::with_max_entries(2 * 8192, BPF_F_MMAPABLE);
+
+/// Entries of one copy in `BITMAPS`, set by the loader together with the size of the map.
+#[unsafe(no_mangle)]
+static BITMAPS_PER_COPY: u32 = 8192;
+
+/// Rules by slot, two copies. Mapped.
+#[map]
+static RULES: Array<RuleEntry> = Array::with_max_entries(2 * MAX_SLOTS, BPF_F_MMAPABLE);
+
+/// Flows that meet no rule, with the epoch under which that was found. Written by the program; a flow that is
+/// evicted is classified again, with the same result. Load time.
+#[map]
+static IDLE: LruHashMap<FlowKey, u64> = LruHashMap::with_max_entries(65_536, 0);
+
+/// Flows that meet rules, by site. Written by the program, collected by user space. When it is full, flows
+/// are classified with every packet, and that is counted. Load time.
+#[map]
+static FLOWS: HashMap<FlowKey, FlowEntry> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+/// What rules remember of flows. Written by the program, collected by user space. When it is full, faults
+/// that depend on a position do not act, and that is counted. Load time.
+#[map]
+static STATES: HashMap<StateKey, State> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+
+/// Connections, while a rule selects on their state. Written by the program, collected by user space. When it
+/// is full, connections count as established, and that is counted. Load time.
+#[map]
+static CONNECTIONS: HashMap<FlowKey, Connection> =
+    HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+/// First fragments. Written by the program; the oldest is evicted. Load time.
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, Upper> = LruHashMap::with_max_entries(8192, 0);
+
+/// Counters of rules, by slot and direction. Written by the program, read and zeroed by user space.
+#[map]
+static RULE_COUNTERS: PerCpuArray<RuleCounters> = PerCpuArray::with_max_entries(2 * MAX_SLOTS, 0);
+
+/// Counters of targets, by slot and direction. Written by the program, read and zeroed by user space. Load
+/// time.
+#[map]
+static TARGET_COUNTERS: PerCpuArray<TargetCounters> = PerCpuArray::with_max_entries(2 * 256, 0);
+
+/// The packet in hand.
+#[map]
+static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
+
+/// The programs by direction, for further passes over a packet. Written by the loader. The kernel empties it
+/// when the last file descriptor of it is closed (`bpf_fd_array_map_clear`, kernel/bpf/arraymap.c): a loader
+/// that has died takes its lease with it anyway.
+#[map]
+static PASSES: ProgramArray = ProgramArray::with_max_entries(2, 0);
+
+/// Ends this program and runs the one for `direction` on the same packet; returns only if there is none.
+#[inline(always)]
+pub(crate) fn tail_call(ctx: &TcContext, direction: u32) {
+    // SAFETY: nothing of this run is used afterwards.
+    let _ = unsafe { PASSES.tail_call(ctx, direction) };
+}
+
+/// The maps as the decision sees them.
+pub(crate) struct Kernel;
+
+impl Tables for Kernel {
+    #[inline(always)]
+    fn config(&self) -> Option<*const Config> {
+        CONFIG.get_ptr(0)
+    }
+
+    #[inline(always)]
+    fn target(&self, slot: u32) -> Option<*const Target> {
+        TARGETS.get_ptr(slot)
+    }
+
+    #[inline(always)]
+    fn protocol(&self, index: u32) -> Option<u32> {
+        PROTOCOLS.get(index).copied()
+    }
+
+    #[inline(always)]
+    fn port(&self, index: u32) -> Option<*const Class> {
+        PORTS.get_ptr(index)
+    }
+
+    #[inline(always)]
+    fn address(&self, prefix: &Prefix) -> Option<*const Class> {
+        PREFIXES
+            .get(Key::new(Prefix::BITS, *prefix))
+            .map(core::ptr::from_ref)
+    }
+
+    #[inline(always)]
+    fn bitmap(&self, copy: u32, index: u32) -> Option<*const Bitmap> {
+        // SAFETY: a constant that the loader has set; volatile, so that its value here is not folded in.
+        let per_copy = unsafe { core::ptr::read_volatile(&raw const BITMAPS_PER_COPY) };
+        BITMAPS.get_ptr(copy * per_copy + index)
+    }
+
+    #[inline(always)]
+    fn rule(&self, index: u32) -> Option<*const RuleEntry> {
+        RULES.get_ptr(index)
+    }
+
+    #[inline(always)]
+    fn idle(&self, flow: &FlowKey) -> Option<u64> {
+        // SAFETY: a value that is replaced meanwhile is a number of another epoch, and whole.
+        unsafe { IDLE.get(flow) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_idle(&self, flow: &FlowKey, epoch: u64) {
+        // Not kept means classified again: nothing is lost but time.
+        let _ = IDLE.insert(flow, epoch, BPF_ANY);
+    }
+
+    #[inline(always)]
+    fn flow(&self, flow: &FlowKey) -> Option<*mut FlowEntry> {
+        FLOWS.get_ptr_mut(flow)
+    }
+
+    #[inline(always)]
+    fn set_flow(&self, flow: &FlowKey, entry: &FlowEntry) -> bool {
+        FLOWS.insert(flow, entry, BPF_ANY).is_ok()
+    }
+
+    #[inline(always)]
+    fn work(&self) -> Option<*mut Work> {
+        WORK.get_ptr_mut(0)
+    }
+
+    #[inline(always)]
+    fn advance(&self, key: &StateKey, by: u64, now_ns: u64) -> Option<Advanced> {
+        let mut created = false;
+        let state = if let Some(state) = STATES.get_ptr_mut(key) {
+            state
+        } else {
+            let fresh = State {
+                n: 0,
+                last_ns: now_ns,
+            };
+            created = STATES.insert(key, fresh, BPF_NOEXIST).is_ok();
+            // Where another CPU was first, its state is there now.
+            STATES.get_ptr_mut(key)?
+        };
+        // Not relaxed: LLVM 22 turns a relaxed add into the instruction without BPF_FETCH, whose register
+        // keeps the addend, although the old value is used.
+        // SAFETY: map memory, valid until the program returns; the fetch-and-add is atomic, the time is one
+        // store.
+        unsafe {
+            core::ptr::write_volatile(&raw mut (*state).last_ns, now_ns);
+            let before = core::intrinsics::atomic_xadd::<
+                u64,
+                u64,
+                { core::intrinsics::AtomicOrdering::SeqCst },
+            >(&raw mut (*state).n, by);
+            Some(Advanced { before, created })
+        }
+    }
+
+    #[inline(always)]
+    fn state(&self, key: &StateKey) -> Option<u64> {
+        // SAFETY: map memory, valid until the program returns.
+        STATES
+            .get_ptr(key)
+            .map(|state| unsafe { core::ptr::read_volatile(&raw const (*state).n) })
+    }
+
+    #[inline(always)]
+    fn create_state(&self, key: &StateKey, n: u64, now_ns: u64) -> bool {
+        STATES
+            .insert(key, State { n, last_ns: now_ns }, BPF_NOEXIST)
+            .is_ok()
+    }
+
+    #[inline(always)]
+    fn connection(&self, flow: &FlowKey) -> Option<*mut Connection> {
+        CONNECTIONS.get_ptr_mut(flow)
+    }
+
+    #[inline(always)]
+    fn set_connection(&self, flow: &FlowKey, connection: &Connection) -> bool {
+        CONNECTIONS.insert(flow, connection, BPF_ANY).is_ok()
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<Upper> {
+        // SAFETY: eight bytes, replaced as a whole.
+        unsafe { FRAGMENTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_fragment(&self, key: &FragmentKey, upper: &Upper) {
+        // Not kept means that later fragments count as orphans, which is counted there.
+        let _ = FRAGMENTS.insert(key, upper, BPF_ANY);
+    }
+
+    #[inline(always)]
+    fn rule_counters(&self, index: u32) -> Option<*mut RuleCounters> {
+        RULE_COUNTERS.get_ptr_mut(index)
+    }
+
+    #[inline(always)]
+    fn target_counters(&self, index: u32) -> Option<*mut TargetCounters> {
+        TARGET_COUNTERS.get_ptr_mut(index)
+    }
+
+    #[inline(always)]
+    fn now_ns(&self) -> u64 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn repeat<S: Step>(&self, times: u32, work: &mut Work) {
+        // bpf_loop (5.17) has its callback verified once, where a plain loop is followed round by round.
+        // Its context must be on the stack (ARG_PTR_TO_STACK_OR_NULL), so it is the pointer that is passed.
+        let mut work = core::ptr::from_mut(work);
+        // SAFETY: the callback takes what it is given here.
+        unsafe {
+            bpf_loop(times, round::<S> as *mut c_void, (&raw mut work).cast(), 0);
+        }
+    }
+}
+
+/// One round of `Kernel::repeat`: 1 ends the loop.
+extern "C" fn round<S: Step>(index: u64, work: *mut c_void) -> i64 {
+    // SAFETY: `repeat` passes a `Work` that is its caller's alone.
+    let work = unsafe { &mut **work.cast::<*mut Work>() };
+    i64::from(!S::step(&Kernel, index as u32, work))
+}
