@@ -1,0 +1,63 @@
+//! `injector heal`: rules end.
+
+use clap::Args;
+use serde_json::json;
+
+use super::{
+    exit::{Exit, Failure},
+    report,
+    session::{self, Session},
+};
+use crate::protocol::{Call, HealArgs as Request, HealResult};
+
+/// End rules; traffic is as it was at once
+#[derive(Debug, Args)]
+pub(super) struct HealArgs {
+    /// Rules and groups (partitions) to end
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    names: Vec<String>,
+    /// End every rule there is
+    #[arg(short, long)]
+    all: bool,
+}
+
+impl HealArgs {
+    /// Runs the command.
+    pub(super) fn run(&self, session: &Session) -> Result<Exit, Failure> {
+        let Some(mut connected) = session.connect()? else {
+            let recovery = session.recover()?;
+            if let Some(name) = self.names.first() {
+                return Err(session::no_such_rule(name));
+            }
+            let problems = recovery
+                .as_ref()
+                .map_or(&[][..], |recovery| &recovery.failed);
+            let restored = problems.is_empty();
+            session.output.either(
+                &json!({
+                    "healed": [], "host_restored": restored, "problems": problems,
+                    "daemon": null, "recovered": recovery,
+                }),
+                || "no daemon is running, so there are no rules\n".to_owned(),
+            )?;
+            return Ok(if restored {
+                Exit::Success
+            } else {
+                Exit::Failed
+            });
+        };
+        let call = Call::Heal(Request {
+            names: self.names.clone(),
+            all: self.all,
+        });
+        let result: HealResult = connected.client.call(call)?;
+        session.output.either(&result, || {
+            report::healed(&result.healed, result.host_restored, &result.problems)
+        })?;
+        Ok(if result.problems.is_empty() {
+            Exit::Success
+        } else {
+            Exit::Failed
+        })
+    }
+}

@@ -1,0 +1,56 @@
+//! What the daemon hands to the data plane.
+
+use std::{ops::RangeInclusive, sync::Arc};
+
+pub use crate::netlink::LinkKind;
+use crate::rules::model::{AddrSet, Protocol, Rule};
+
+/// Number of a target; 1 and up. It is the classid of the target's filters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TargetSlot(pub u16);
+
+/// Number of a rule among those in force: 0 to 1,023.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RuleSlot(pub u16);
+
+/// A target, as the programs need to know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TargetConfig {
+    /// Its number.
+    pub slot: TargetSlot,
+    /// What its packets begin with.
+    pub link: LinkKind,
+    /// Whether it is a loopback device.
+    pub loopback: bool,
+}
+
+/// A rule in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ActiveRule {
+    /// Where it is kept.
+    pub slot: RuleSlot,
+    /// Number of its activation, never used again while the programs are loaded. A rule with the same
+    /// number as before is unchanged and keeps its state.
+    pub activation: u32,
+    /// When it was activated, `CLOCK_MONOTONIC` in nanoseconds.
+    pub activated_ns: u64,
+    /// Its targets.
+    pub targets: Vec<TargetSlot>,
+    /// The rule.
+    pub rule: Arc<Rule>,
+}
+
+/// Packets that rules leave alone, on every target and in both directions.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Exemption {
+    /// Peers.
+    pub peer: AddrSet,
+    /// Local addresses.
+    pub local: AddrSet,
+    /// Ports at the peer.
+    pub peer_port: Vec<RangeInclusive<u16>>,
+    /// Local ports.
+    pub local_port: Vec<RangeInclusive<u16>>,
+    /// Protocols; empty for every IP protocol.
+    pub protocols: Vec<Protocol>,
+}

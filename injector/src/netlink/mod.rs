@@ -1,0 +1,34 @@
+//! Blocking rtnetlink, as much of it as the injector needs. Every function opens a socket of its own,
+//! so that it talks to the network namespace of the calling thread: call them inside
+//! [`crate::netns::Netns::run`].
+
+mod address;
+mod attribute;
+mod bpf;
+mod error;
+mod link;
+mod nsid;
+mod overlap;
+mod route;
+mod socket;
+mod tc;
+
+pub use self::{
+    address::{add_address, addresses},
+    bpf::{Program, program, program_by_id, tcx_programs},
+    error::NetlinkError,
+    link::{
+        Link, LinkKind, LinkStats, create_bridge, create_veth, create_vlan, delete_link,
+        link_by_index, link_by_name, link_kind, links, set_master, set_up,
+    },
+    overlap::double_pass,
+    route::{Route, outgoing, routes},
+    tc::{
+        BpfFilter, Created, Filter, Hook, HookQdisc, NewFilter, add_clsact, attach, chains,
+        delete_clsact, detach, filters, has_clsact, hook_qdisc,
+    },
+};
+pub(crate) use self::{
+    bpf::{bpf as bpf_call, tcx_query},
+    tc::{add_root_qdisc, hexadecimal},
+};

@@ -1,0 +1,327 @@
+//! The text form of a rule: what files hold, what requests carry and what `list --json` prints.
+
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, SeqAccess, Visitor},
+};
+use std::fmt;
+
+/// A rule as text. Every field may be left out except `iface` and `fault`; lists mean 'one of these'.
+///
+/// Where a list is expected, a single text or number is accepted too, and one text may hold several
+/// entries separated by commas.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleSpec {
+    /// Name; generated from the content where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Name of the command that made several rules together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Network namespace: `NAME`, `/path`, `PID` or `pid:PID`; the daemon's own where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub netns: Option<String>,
+    /// Interface names.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub iface: Vec<String>,
+    /// `egress`, `ingress` or `both` (the default).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direction: Option<String>,
+    /// Addresses and CIDRs of the peer; `!` before one takes it out again.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub peer: Vec<String>,
+    /// The same for the local side.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub local: Vec<String>,
+    /// The same for the source of the packet.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub src: Vec<String>,
+    /// The same for the destination of the packet.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub dst: Vec<String>,
+    /// Exceptions to `peer`: another way to write `!` there.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub except: Vec<String>,
+    /// Ports and ranges (`80`, `8000-8080`) at the peer.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub peer_port: Vec<String>,
+    /// Ports and ranges at the local side.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub local_port: Vec<String>,
+    /// Source ports and ranges.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub src_port: Vec<String>,
+    /// Destination ports and ranges.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub dst_port: Vec<String>,
+    /// Protocols: names, numbers, `arp`, `nd`, `other`.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub proto: Vec<String>,
+    /// 4 or 6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip_version: Option<u8>,
+    /// ICMP and ICMPv6 types, by name or number.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub icmp_type: Vec<String>,
+    /// TCP flags: `syn,!ack`, or `VALUE/MASK`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tcp_flags: Option<String>,
+    /// Length of the IP packet on the wire: `1400-`, `64`, `-100`, `64-128`.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub length: Vec<String>,
+    /// DSCP by name or number.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub dscp: Vec<String>,
+    /// Firewall marks: `VALUE` or `VALUE/MASK`.
+    #[serde(
+        default,
+        deserialize_with = "texts",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub mark: Vec<String>,
+    /// Share of conversations: `25%`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flows: Option<String>,
+    /// `new` or `established`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<String>,
+    /// What happens to the packets.
+    #[serde(default, skip_serializing_if = "FaultSpec::is_empty")]
+    pub fault: FaultSpec,
+    /// Lifetime: `30s`, `1m30s`. Until healed where absent.
+    #[serde(rename = "for", default, skip_serializing_if = "Option::is_none")]
+    pub lifetime: Option<String>,
+    /// `up=3s,down=500ms`, and `phase=1s` where wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flap: Option<String>,
+    /// Seed of the random stream; drawn where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// What counts as one flow: `tuple` (the default), `service` or `ordinal`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// The rule may match all traffic of its interfaces.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub all_traffic: bool,
+    /// The rule also acts on what is protected.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unprotected: bool,
+}
+
+/// What happens to the packets of a rule, as text: exactly one of the faults.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FaultSpec {
+    /// Every packet is lost.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cut: bool,
+    /// The n-th packet of each flow is lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drop_nth: Option<u64>,
+    /// The first n packets of each flow are lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drop_first: Option<u64>,
+    /// Every n-th packet of each flow is lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drop_every: Option<u64>,
+    /// Packets at the positions of a 1 are lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drop_pattern: Option<String>,
+    /// The pattern is played once instead of over and over.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub once: bool,
+    /// The first packet that matches the rule is lost, and no other.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub drop_once: bool,
+}
+
+impl FaultSpec {
+    /// Whether nothing is asked for.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == FaultSpec::default()
+    }
+
+    /// The fault that loses every packet.
+    #[must_use]
+    pub fn cut() -> FaultSpec {
+        FaultSpec {
+            cut: true,
+            ..FaultSpec::default()
+        }
+    }
+}
+
+/// Reads a list of texts, and lets a single text or number stand for a list of one.
+fn texts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    struct Texts;
+
+    impl<'de> Visitor<'de> for Texts {
+        type Value = Vec<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a text, a number, or a list of these")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            Ok(vec![text.to_owned()])
+        }
+
+        fn visit_u64<E: de::Error>(self, number: u64) -> Result<Self::Value, E> {
+            Ok(vec![number.to_string()])
+        }
+
+        fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
+            Ok(Vec::new())
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+            let mut all = Vec::with_capacity(list.size_hint().unwrap_or(0).min(4096));
+            while let Some(Text(text)) = list.next_element()? {
+                all.push(text);
+            }
+            Ok(all)
+        }
+    }
+
+    struct Text(String);
+
+    impl<'de> Deserialize<'de> for Text {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Text, D::Error> {
+            struct One;
+
+            impl Visitor<'_> for One {
+                type Value = Text;
+
+                fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    f.write_str("a text or a number")
+                }
+
+                fn visit_str<E: de::Error>(self, text: &str) -> Result<Text, E> {
+                    Ok(Text(text.to_owned()))
+                }
+
+                fn visit_u64<E: de::Error>(self, number: u64) -> Result<Text, E> {
+                    Ok(Text(number.to_string()))
+                }
+            }
+
+            deserializer.deserialize_any(One)
+        }
+    }
+
+    deserializer.deserialize_any(Texts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_text_or_number_stands_for_a_list() {
+        let spec: RuleSpec = serde_json::from_str(
+            r#"{"iface":"eth0","peer":["10.0.0.1"],"peer_port":[80,"443"],"dscp":46,"src":null,
+                "fault":{"cut":true}}"#,
+        )
+        .unwrap();
+        assert_eq!(spec.iface, ["eth0"]);
+        assert_eq!(spec.peer_port, ["80", "443"]);
+        assert_eq!(spec.dscp, ["46"]);
+        assert!(spec.src.is_empty());
+    }
+
+    #[test]
+    fn what_is_absent_is_not_written() {
+        let spec = RuleSpec {
+            iface: vec!["eth0".into()],
+            fault: FaultSpec::cut(),
+            ..RuleSpec::default()
+        };
+        assert_eq!(
+            serde_json::to_string(&spec).unwrap(),
+            r#"{"iface":["eth0"],"fault":{"cut":true}}"#
+        );
+    }
+
+    #[test]
+    fn unknown_fields_are_named() {
+        let error = serde_json::from_str::<RuleSpec>(r#"{"interface":"eth0"}"#).unwrap_err();
+        assert!(
+            error.to_string().contains("unknown field `interface`"),
+            "{error}"
+        );
+        let error = serde_json::from_str::<RuleSpec>(r#"{"fault":{"loss":1}}"#).unwrap_err();
+        assert!(
+            error.to_string().contains("unknown field `loss`"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn wrong_types_are_refused() {
+        for text in [
+            r#"{"iface":[["a"]]}"#,
+            r#"{"iface":true}"#,
+            r#"{"peer_port":[-1]}"#,
+        ] {
+            assert!(serde_json::from_str::<RuleSpec>(text).is_err(), "{text}");
+        }
+    }
+}
