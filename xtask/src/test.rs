@@ -1,0 +1,307 @@
+//! `cargo xtask test`: all tiers, one closing line.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::io::{BufRead, BufReader, ErrorKind};
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+
+use crate::artifacts::Executable;
+use crate::build::{self, Built};
+use crate::ebpf;
+use crate::lint;
+use crate::outcome::{self, Outcome, Reader, Skip};
+use crate::privilege::Privilege;
+use crate::process;
+use crate::run;
+use crate::setup::{Need, Setup};
+use crate::workspace;
+
+/// The package whose integration tests run as root.
+const PRIVILEGED_PACKAGE: &str = "tests";
+
+/// What is understood of a test program's output is its plain form.
+const PLAIN: [&str; 2] = ["--color", "never"];
+
+/// A tier of tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Tier {
+    /// Unit and property tests and documentation examples, without privileges
+    Unit,
+    /// Formatting and clippy
+    Lint,
+    /// The loaded eBPF object under `BPF_PROG_TEST_RUN`, as root
+    Program,
+    /// Real services in network namespaces, as root
+    Lab,
+}
+
+impl Tier {
+    /// All tiers, in the order in which they run.
+    const ALL: [Self; 4] = [Self::Unit, Self::Lint, Self::Program, Self::Lab];
+
+    /// The tier's name; for privileged tiers also that of their test program.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Lint => "lint",
+            Self::Program => "program",
+            Self::Lab => "lab",
+        }
+    }
+}
+
+/// What to run.
+#[derive(Debug)]
+pub(crate) struct Options {
+    /// The long versions too.
+    pub(crate) full: bool,
+    /// Only these tiers; all where empty.
+    pub(crate) tiers: Vec<Tier>,
+    /// Only tests with this in their names.
+    pub(crate) filter: Option<String>,
+}
+
+impl Options {
+    /// The tiers to run.
+    fn tiers(&self) -> Vec<Tier> {
+        Tier::ALL
+            .into_iter()
+            .filter(|tier| self.tiers.is_empty() || self.tiers.contains(tier))
+            .filter(|tier| self.filter.is_none() || *tier != Tier::Lint)
+            .collect()
+    }
+}
+
+/// Runs the tests and prints what they come to, ending with one plain line.
+pub(crate) fn run(options: &Options) -> ExitCode {
+    let ci = env::var("CI").is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"));
+    let mut total = Outcome::default();
+    let mut times = Vec::new();
+    if let Err(error) = tiers(options, &mut total, &mut times) {
+        eprintln!("error: {error:#}");
+        total.add(Outcome::failure(format!("{error:#}")));
+    }
+    report(&total, &times, ci);
+    println!("{total}");
+    if total.has_failed(ci) {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    }
+}
+
+/// One tier's share of the table.
+struct Row {
+    tier: &'static str,
+    outcome: Outcome,
+    time: Duration,
+}
+
+/// Sets up, builds, and runs one tier after the other.
+fn tiers(options: &Options, total: &mut Outcome, times: &mut Vec<Row>) -> Result<()> {
+    let tiers = options.tiers();
+    let mut needs = vec![Need::Ebpf];
+    if tiers.contains(&Tier::Lint) {
+        needs.push(Need::Lints);
+    }
+    if tiers.contains(&Tier::Lab) {
+        needs.extend([Need::Services, Need::Tools]);
+    }
+    let started = Instant::now();
+    let setup = Setup::ensure(&needs)?;
+    ebpf::build(setup.ebpf()?)?;
+    let built = build::tests()?;
+    times.push(Row {
+        tier: "build",
+        outcome: Outcome::default(),
+        time: started.elapsed(),
+    });
+    for tier in tiers {
+        println!("\n== {} ==", tier.name());
+        let started = Instant::now();
+        let outcome = match tier {
+            Tier::Unit => unit(&built, options),
+            Tier::Lint => lint::run(&setup),
+            Tier::Program | Tier::Lab => privileged(tier, &setup, &built, options),
+        };
+        let outcome = outcome.unwrap_or_else(|error| {
+            println!("tier {} ... FAILED: {error:#}", tier.name());
+            Outcome::failure(format!("{}: {error:#}", tier.name()))
+        });
+        total.add(outcome.clone());
+        times.push(Row {
+            tier: tier.name(),
+            outcome,
+            time: started.elapsed(),
+        });
+    }
+    Ok(())
+}
+
+/// The table of tiers, then what failed and what was skipped.
+fn report(total: &Outcome, times: &[Row], ci: bool) {
+    println!(
+        "\n{:<8} {:>7} {:>7} {:>8} {:>10}",
+        "tier", "passed", "failed", "skipped", "time"
+    );
+    for Row {
+        tier,
+        outcome,
+        time,
+    } in times
+    {
+        println!(
+            "{tier:<8} {:>7} {:>7} {:>8} {:>10}",
+            outcome.passed,
+            outcome.failed,
+            outcome.skips.len(),
+            outcome::seconds(*time)
+        );
+    }
+    for skip in &total.skips {
+        let verdict = match (skip.excusable, ci) {
+            (true, _) => "this machine cannot run it",
+            (false, true) => "it should have run here, which fails CI",
+            (false, false) => "it should have run here, which would fail CI",
+        };
+        println!("skipped {}: {} ({verdict})", skip.test, skip.reason);
+    }
+    for failure in &total.failures {
+        println!("failed {failure}");
+    }
+}
+
+/// The unit tier: every test harness that needs no privileges, then documentation examples.
+fn unit(built: &Built, options: &Options) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    for executable in built.tests().filter(|one| !is_privileged(one)) {
+        let program = format!("{} ({})", executable.package_name(), executable.name);
+        println!("\n{program}");
+        let mut command = Command::new(&executable.path);
+        process::forget_cargo(&mut command);
+        // As cargo does it: in the package's folder.
+        command
+            .current_dir(&executable.package)
+            .env("CARGO_MANIFEST_DIR", &executable.package);
+        command.args(PLAIN).args(&options.filter);
+        outcome.add(watch(&mut command, &program, None)?);
+    }
+    println!("\ndocumentation");
+    let mut command = workspace::cargo();
+    command.args([
+        "test",
+        "--quiet",
+        "--doc",
+        "--no-fail-fast",
+        "--workspace",
+        "--exclude",
+        "injector-ebpf",
+        "--",
+    ]);
+    command.args(PLAIN).args(&options.filter);
+    outcome.add(watch(&mut command, "documentation", None)?);
+    Ok(outcome)
+}
+
+/// Whether this is a test program that runs as root.
+fn is_privileged(executable: &Executable) -> bool {
+    executable.kind == "test" && executable.package_name() == PRIVILEGED_PACKAGE
+}
+
+/// A tier that runs as root: the integration test of its name in the package of end-to-end tests.
+fn privileged(tier: Tier, setup: &Setup, built: &Built, options: &Options) -> Result<Outcome> {
+    let name = tier.name();
+    let executable = built
+        .tests()
+        .find(|one| is_privileged(one) && one.name == name)
+        .with_context(|| {
+            format!("the package `{PRIVILEGED_PACKAGE}` has no test program `{name}`")
+        })?;
+    let privilege = Privilege::find();
+    if privilege == Privilege::None {
+        let reason = "it runs as root, this user is not root, and there is no sudo";
+        println!("tier {name} ... skipped: {reason}");
+        return Ok(Outcome::skip(format!("tier {name}"), reason, false));
+    }
+    let notes = workspace::notes();
+    fs::create_dir_all(&notes).with_context(|| format!("making {}", notes.display()))?;
+    let skips = notes.join(format!("skips-{name}.json"));
+    remove(&skips)?;
+    let mut environment = run::environment(setup, built)?;
+    environment.push(("INJECTOR_SKIPS", skips.clone().into_os_string()));
+    environment.push((
+        "CARGO_MANIFEST_DIR",
+        executable.package.clone().into_os_string(),
+    ));
+    if options.full {
+        environment.push(("INJECTOR_FULL", OsString::from("1")));
+    }
+    let mut command = privilege.command(
+        executable.path.as_os_str(),
+        environment
+            .iter()
+            .map(|(name, value)| (*name, value.as_os_str())),
+        &format!("running the {name} tests"),
+    )?;
+    command
+        .current_dir(&executable.package)
+        .args(PLAIN)
+        .args(&options.filter);
+    watch(&mut command, name, Some(&skips))
+}
+
+/// Runs a test program, shows its output while it comes, and reads the outcome from it.
+fn watch(command: &mut Command, program: &str, skips: Option<&Path>) -> Result<Outcome> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting `{}`", process::shown(command)))?;
+    let mut reader = Reader::default();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).split(b'\n') {
+            let line = line.with_context(|| format!("reading the output of {program}"))?;
+            let line = String::from_utf8_lossy(&line);
+            println!("{line}");
+            reader.line(&line);
+        }
+    }
+    let status = child
+        .wait()
+        .with_context(|| format!("waiting for {program}"))?;
+    let skips = match skips {
+        Some(path) => read_skips(path)?,
+        None => Vec::new(),
+    };
+    Ok(reader.finish(program, status.success(), skips))
+}
+
+/// What a test program has written down about tests that it could not run.
+fn read_skips(path: &Path) -> Result<Vec<Skip>> {
+    match fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| {
+            format!(
+                "reading the reasons of skipped tests from {}",
+                path.display()
+            )
+        }),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error).with_context(|| format!("reading {}", path.display())),
+    }
+}
+
+/// Removes a file of an earlier run.
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
