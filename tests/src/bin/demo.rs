@@ -1,0 +1,467 @@
+//! The demo: an etcd of three members, whose leader is cut off from the other two and reconnected, with
+//! clients that write all the while. Plain lines where the output is not a terminal; exits non-zero if
+//! the story does not happen.
+//!
+//! Needs root, `INJECTOR_BIN` and `INJECTOR_SERVICES`; `cargo xtask demo` sees to it.
+
+use std::{
+    fmt::Write as _,
+    io::{self, IsTerminal},
+    process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use tests::lab::{
+    DEMO_LAB,
+    etcd::{Etcd, Leadership, MEMBERS, Write, Writers},
+    injector::Injector,
+    netns::Netns,
+    snapshot::Snapshot,
+    sweep::sweep,
+    topology::Node,
+    wait::wait_until,
+};
+
+/// Set when the user has had enough.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn interrupted(_: libc::c_int) {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
+fn main() -> ExitCode {
+    match tell() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(Tone::Bad, &format!("The story did not happen: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// How a line is meant.
+#[derive(Debug, Clone, Copy)]
+enum Tone {
+    Plain,
+    Title,
+    Command,
+    Good,
+    Bad,
+}
+
+/// Prints a line; in colour only to a terminal whose user has nothing against it.
+fn say(tone: Tone, text: &str) {
+    let mut out = io::stdout().lock();
+    let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let code = match tone {
+        Tone::Plain => "",
+        Tone::Title => "1",
+        Tone::Command => "36",
+        Tone::Good => "32",
+        Tone::Bad => "31",
+    };
+    // A reader that has gone away is no reason to leave a lab behind.
+    let _written = if colour && !code.is_empty() {
+        io::Write::write_fmt(&mut out, format_args!("\x1b[{code}m{text}\x1b[0m\n"))
+    } else {
+        io::Write::write_fmt(&mut out, format_args!("{text}\n"))
+    };
+}
+
+fn title(text: &str) {
+    say(Tone::Plain, "");
+    say(Tone::Title, text);
+}
+
+/// Runs the injector as the user would, and shows the command.
+fn run(injector: &Injector, words: &[&str]) -> Result<String> {
+    say(Tone::Command, &format!("$ injector {}", words.join(" ")));
+    let output = injector.ok(words)?;
+    for line in output.stdout.lines().chain(output.stderr.lines()) {
+        say(Tone::Plain, &format!("  {line}"));
+    }
+    Ok(output.stdout)
+}
+
+/// The injector's own lab, taken down whatever happens.
+struct DemoLab<'a> {
+    injector: &'a Injector,
+    name: String,
+}
+
+impl<'a> DemoLab<'a> {
+    fn up(injector: &'a Injector, name: String) -> Result<Self> {
+        let lab = Self { injector, name };
+        run(
+            injector,
+            &[
+                "lab",
+                "up",
+                "--nodes",
+                &(MEMBERS + 1).to_string(),
+                "--name",
+                &lab.name,
+            ],
+        )?;
+        Ok(lab)
+    }
+
+    fn nodes(&self) -> Result<Vec<Node>> {
+        (1..=u8::try_from(MEMBERS + 1)?)
+            .map(|number| {
+                Ok(Node {
+                    ns: Netns::named(&format!("injector-{}-n{number}", self.name)),
+                    v4: [10, 77, 0, number].into(),
+                    v6: [0xfd77, 0, 0, 0, 0, 0, 0, u16::from(number)].into(),
+                    mac: [0; 6],
+                })
+            })
+            .collect()
+    }
+
+    fn switch(&self) -> Netns {
+        Netns::named(&format!("injector-{}-sw", self.name))
+    }
+}
+
+impl Drop for DemoLab<'_> {
+    fn drop(&mut self) {
+        for words in [
+            &["heal", "--all"][..],
+            &["lab", "down", "--name", &self.name],
+        ] {
+            match self.injector.run(words) {
+                Ok(output) if output.status.success() => {
+                    say(Tone::Command, &format!("$ injector {}", words.join(" ")));
+                }
+                Ok(output) => say(Tone::Bad, &output.describe()),
+                Err(error) => say(Tone::Bad, &format!("{error:#}")),
+            }
+        }
+    }
+}
+
+fn tell() -> Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "network namespaces need root: run `cargo xtask demo`, which asks for it"
+    );
+    let action = SigAction::new(
+        SigHandler::Handler(interrupted),
+        SaFlags::SA_RESTART,
+        SigSet::empty(),
+    );
+    // SAFETY: the handler only stores to an atomic.
+    unsafe { sigaction(Signal::SIGINT, &action) }.context("sigaction")?;
+    sweep()?;
+    let began = Instant::now();
+    let before = Snapshot::of_host()?;
+    let injector = Injector::new()?;
+
+    title("1. A lab of three hosts and a client on a switch, and an etcd on the hosts");
+    let lab = DemoLab::up(&injector, format!("{DEMO_LAB}{}", std::process::id()))?;
+    let etcd = Etcd::start_on(lab.nodes()?, lab.switch(), None)?;
+    let writers = Writers::start(&etcd, "demo/");
+    let story = Story {
+        injector: &injector,
+        etcd: &etcd,
+        writers: &writers,
+        began,
+    };
+    story.watch_until(Duration::from_secs(30), Duration::from_secs(2), |now| {
+        now.leaders[0].is_some() && now.agree()
+    })?;
+    let old = etcd.await_leader(&[0, 1, 2], Duration::from_secs(10))?;
+    let cut = story.cut_off(old, &lab)?;
+    let healed = story.heal(&cut)?;
+    story.look_back(&cut, &healed)?;
+    drop(writers);
+    drop(etcd);
+    drop(lab);
+    run(&injector, &["down"])?;
+    wait_until("the host is as it was", Duration::from_secs(10), || {
+        before.must_equal(&Snapshot::of_host()?).map(|()| true)
+    })?;
+    say(
+        Tone::Good,
+        &format!(
+            "  the host is as it was; {:.0} s in all",
+            began.elapsed().as_secs_f64()
+        ),
+    );
+    Ok(())
+}
+
+/// What became of the cut.
+struct Cut {
+    /// The leader that was cut off.
+    old: usize,
+    /// When the command had returned.
+    at: Instant,
+    /// How long the others took to elect another.
+    elected: Duration,
+    /// What was lost by then.
+    packets: u64,
+}
+
+/// What became of healing.
+struct Healed {
+    /// When the command was given, and when it had returned.
+    at: (Instant, Instant),
+    /// All writes up to the end.
+    writes: Vec<Write>,
+}
+
+/// Seconds from `since` to the first write through a member that was accepted.
+fn first_accepted(writes: &[Write], node: usize, since: Instant) -> Option<f64> {
+    writes
+        .iter()
+        .filter(|w| w.node == node && w.time.0 >= since && w.outcome.is_ok())
+        .map(|w| w.time.1.duration_since(since).as_secs_f64())
+        .next()
+}
+
+/// Who watches what.
+struct Story<'a> {
+    injector: &'a Injector,
+    etcd: &'a Etcd,
+    writers: &'a Writers,
+    began: Instant,
+}
+
+/// What was seen in the last second.
+struct Now {
+    leaders: [Option<usize>; MEMBERS],
+    accepted: [usize; MEMBERS],
+    refused: [usize; MEMBERS],
+}
+
+impl Now {
+    /// Whether all members name the same leader.
+    fn agree(&self) -> bool {
+        self.leaders.iter().all(|leader| *leader == self.leaders[0])
+    }
+}
+
+impl Story<'_> {
+    fn cut_packets(&self) -> Result<u64> {
+        Ok(self
+            .injector
+            .stats()?
+            .rules
+            .iter()
+            .map(|rule| rule.egress.cut_packets + rule.ingress.cut_packets)
+            .sum())
+    }
+
+    /// Prints a line a second until the scene is as `wanted`, and for `longer` after that.
+    fn watch_until(
+        &self,
+        within: Duration,
+        longer: Duration,
+        wanted: impl Fn(&Now) -> bool,
+    ) -> Result<()> {
+        const BEAT: Duration = Duration::from_secs(1);
+        let began = Instant::now();
+        let mut reached: Option<Instant> = None;
+        let mut members: [Option<String>; MEMBERS] = std::array::from_fn(|_| None);
+        let mut seen = self.writers.so_far().len();
+        loop {
+            let beat = Instant::now();
+            while beat.elapsed() < BEAT {
+                if INTERRUPTED.load(Ordering::Relaxed) {
+                    bail!("interrupted");
+                }
+                thread::sleep(Duration::from_millis(50));
+            }
+            let writes = self.writers.so_far();
+            let recent = &writes[seen..];
+            seen = writes.len();
+            let count = |node: usize, ok: bool| {
+                recent
+                    .iter()
+                    .filter(|w| w.node == node && w.outcome.is_ok() == ok)
+                    .count()
+            };
+            let statuses: [_; MEMBERS] = std::array::from_fn(|node| self.etcd.status(node).ok());
+            for (member, status) in members.iter_mut().zip(&statuses) {
+                if let Some(status) = status {
+                    *member = Some(status.member.clone());
+                }
+            }
+            let now = Now {
+                leaders: std::array::from_fn(|node| {
+                    let leader = statuses[node].as_ref()?.leader.as_ref();
+                    leader.and_then(|leader| {
+                        members
+                            .iter()
+                            .position(|member| member.as_ref() == Some(leader))
+                    })
+                }),
+                accepted: std::array::from_fn(|node| count(node, true)),
+                refused: std::array::from_fn(|node| count(node, false)),
+            };
+            let cut = self.cut_packets()?;
+            let mut line = format!("  {:3} s ", self.began.elapsed().as_secs());
+            for node in 0..MEMBERS {
+                let leader =
+                    now.leaders[node].map_or("nobody".to_owned(), |n| format!("n{}", n + 1));
+                write!(
+                    line,
+                    "| n{}: leader {leader:6} {:3} ok {:2} refused ",
+                    node + 1,
+                    now.accepted[node],
+                    now.refused[node]
+                )?;
+            }
+            write!(line, "| {cut} packets cut")?;
+            say(Tone::Plain, &line);
+            if reached.is_none() && wanted(&now) {
+                reached = Some(Instant::now());
+            }
+            if reached.is_some_and(|reached| reached.elapsed() >= longer) {
+                return Ok(());
+            }
+            ensure!(
+                reached.is_some() || began.elapsed() < within,
+                "waited {within:?} for the next scene"
+            );
+        }
+    }
+
+    /// Cuts the leader off, and watches until another one leads and the old one refuses writes.
+    fn cut_off(&self, old: Leadership, lab: &DemoLab<'_>) -> Result<Cut> {
+        title(&format!(
+            "2. The leader, n{}, is cut off from the other two, at the switch",
+            old.leader + 1
+        ));
+        let others: Vec<usize> = (0..MEMBERS).filter(|node| *node != old.leader).collect();
+        let alone = format!("n{}", old.leader + 1);
+        let rest = format!("n{},n{}", others[0] + 1, others[1] + 1);
+        let switch = lab.switch();
+        run(
+            self.injector,
+            &[
+                "partition",
+                "--netns",
+                switch.name(),
+                "--side",
+                &alone,
+                "--side",
+                &rest,
+            ],
+        )?;
+        let at = Instant::now();
+        let (new, elected) = thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                self.etcd
+                    .await_leader_after(old.term, &others, Duration::from_secs(20))
+                    .map(|new| (new, at.elapsed()))
+            });
+            self.watch_until(Duration::from_secs(25), Duration::from_secs(4), |now| {
+                waiting.is_finished()
+                    && now.refused[old.leader] > 0
+                    && others.iter().all(|node| now.accepted[*node] > 0)
+            })?;
+            waiting
+                .join()
+                .unwrap_or_else(|_| bail!("waiting for a leader panicked"))
+        })?;
+        say(
+            Tone::Good,
+            &format!(
+                "n{} was elected {:.1} s after the cut; n{} refuses writes, the majority accepts them",
+                new.leader + 1,
+                elected.as_secs_f64(),
+                old.leader + 1
+            ),
+        );
+        run(self.injector, &["stats"])?;
+        let packets = self.cut_packets()?;
+        ensure!(packets > 0, "the partition cut nothing");
+        Ok(Cut {
+            old: old.leader,
+            at,
+            elected,
+            packets,
+        })
+    }
+
+    /// Heals, and watches until all three accept writes and agree on a leader.
+    fn heal(&self, cut: &Cut) -> Result<Healed> {
+        title("3. The partition is healed");
+        let healing = Instant::now();
+        run(self.injector, &["heal", "--all"])?;
+        let healed = Instant::now();
+        self.watch_until(Duration::from_secs(25), Duration::from_secs(2), |now| {
+            now.accepted.iter().all(|count| *count > 0) && now.agree()
+        })?;
+        self.writers
+            .await_acknowledged(cut.old, healed, Duration::from_secs(20))?;
+        Ok(Healed {
+            at: (healing, healed),
+            writes: self.writers.finish(),
+        })
+    }
+
+    /// Looks for every acknowledged write in every member's copy, and sums up.
+    fn look_back(&self, cut: &Cut, healed: &Healed) -> Result<()> {
+        title("4. What is left of it");
+        let writes = &healed.writes;
+        let (revision, hash) = self.etcd.await_agreement(Duration::from_secs(15))?;
+        for node in 0..MEMBERS {
+            let (accepted, refused): (Vec<&Write>, Vec<&Write>) = writes
+                .iter()
+                .filter(|w| w.node == node && w.time.0 >= cut.at && w.time.1 <= healed.at.0)
+                .partition(|w| w.outcome.is_ok());
+            say(
+                Tone::Plain,
+                &format!(
+                    "  while cut, n{}: {:4} writes accepted, {:3} refused",
+                    node + 1,
+                    accepted.len(),
+                    refused.len()
+                ),
+            );
+            ensure!(
+                (node == cut.old) == accepted.is_empty(),
+                "n{} accepted {} writes",
+                node + 1,
+                accepted.len()
+            );
+        }
+        let acknowledged: Vec<&Write> = writes.iter().filter(|w| w.outcome.is_ok()).collect();
+        for node in 0..MEMBERS {
+            let copy = self.etcd.all(node, "demo/")?;
+            let lost = acknowledged
+                .iter()
+                .filter(|write| copy.get(&write.key) != Some(&write.key))
+                .count();
+            ensure!(lost == 0, "n{} lost {lost} acknowledged writes", node + 1);
+        }
+        say(Tone::Plain, &format!("  packets cut: {}", cut.packets));
+        say(
+            Tone::Plain,
+            &format!(
+                "  a new leader after {:.1} s; n{} accepts writes again {:.1} s after healing",
+                cut.elected.as_secs_f64(),
+                cut.old + 1,
+                first_accepted(writes, cut.old, healed.at.1)
+                    .context("the old leader accepted no write after healing")?
+            ),
+        );
+        say(
+            Tone::Good,
+            &format!(
+                "  all three agree on revision {revision} (hash {hash}), and each of {} acknowledged \
+                 writes is there",
+                acknowledged.len()
+            ),
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,120 @@
+//! A network namespace with a name below `/run/netns`, and ways to run code and commands in it.
+
+use std::{
+    fs::File,
+    os::{fd::AsFd, unix::process::CommandExt},
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+};
+
+use anyhow::{Context, Result, anyhow};
+use nix::sched::{CloneFlags, setns};
+
+use super::{command, transcript::Transcript};
+
+/// A network namespace, by name. No descriptor is held, since one would keep a deleted namespace alive.
+#[derive(Debug, Clone)]
+pub struct Netns {
+    name: String,
+    path: PathBuf,
+}
+
+impl Netns {
+    /// Makes a namespace of this name.
+    pub fn create(name: &str) -> Result<Self> {
+        command::tool(&format!("ip netns add {name}"))?;
+        Ok(Self::named(name))
+    }
+
+    /// A namespace that somebody else made.
+    #[must_use]
+    pub fn named(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            path: Path::new("/run/netns").join(name),
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn open(&self) -> Result<File> {
+        File::open(&self.path)
+            .with_context(|| format!("could not open network namespace {}", self.path.display()))
+    }
+
+    /// Runs `work` on a thread of its own inside the namespace. Sockets made there stay in it.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let file = self.open()?;
+        let transcript = Transcript::current();
+        thread::scope(|scope| {
+            let running = scope.spawn(move || {
+                transcript.adopt();
+                setns(file.as_fd(), CloneFlags::CLONE_NEWNET)
+                    .with_context(|| format!("setns into {}", self.name))?;
+                drop(file);
+                work()
+            });
+            running
+                .join()
+                .unwrap_or_else(|_| Err(anyhow!("the thread in {} panicked", self.name)))
+        })
+    }
+
+    /// A command that will run in the namespace.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Result<Command> {
+        let file = self.open()?;
+        let mut command = Command::new(program);
+        // SAFETY: between fork and exec only setns(2) is called, on a descriptor that the closure owns;
+        // it neither allocates nor takes locks.
+        unsafe {
+            command.pre_exec(move || {
+                setns(file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from)
+            });
+        }
+        Ok(command)
+    }
+
+    /// Runs a command line, split at white space, in the namespace; fails unless it exits with 0.
+    pub fn tool(&self, line: &str) -> Result<command::Output> {
+        command::run(self.line(line)?, command::DEADLINE)?.success()
+    }
+
+    /// The same, whatever its exit code.
+    pub fn try_tool(&self, line: &str) -> Result<command::Output> {
+        command::run(self.line(line)?, command::DEADLINE)
+    }
+
+    /// A command line, split at white space, as a command in the namespace.
+    pub fn line(&self, line: &str) -> Result<Command> {
+        let mut words = line.split_whitespace();
+        let program = words.next().context("an empty command line")?;
+        let mut command = self.command(program)?;
+        command.args(words);
+        Ok(command)
+    }
+
+    /// Sets a sysctl of the namespace, named as in /proc/sys (`net/ipv4/ip_forward`).
+    pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
+        let path = Path::new("/proc/sys").join(name);
+        self.enter(|| {
+            std::fs::write(&path, value)
+                .with_context(|| format!("writing {value} to {}", path.display()))
+        })
+    }
+
+    /// Deletes the name; the namespace goes when nothing is left in it.
+    pub fn delete(&self) -> Result<()> {
+        command::tool(&format!("ip netns del {}", self.name)).map(drop)
+    }
+}

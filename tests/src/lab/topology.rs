@@ -1,0 +1,240 @@
+//! Labs: namespaces joined by a veth pair or by a bridge in a namespace of its own, deleted with their
+//! guard.
+//!
+//! Every link is made inside the lab's namespaces, so nothing ever appears in the host's own one.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use anyhow::{Context, Result};
+
+use super::{PREFIX, command, netns::Netns, transcript::note};
+
+/// One host of a lab. Its interface is `eth0`.
+#[derive(Debug, Clone)]
+pub struct Node {
+    /// Its namespace.
+    pub ns: Netns,
+    /// Its IPv4 address.
+    pub v4: Ipv4Addr,
+    /// Its IPv6 address.
+    pub v6: Ipv6Addr,
+    /// The hardware address of `eth0`.
+    pub mac: [u8; 6],
+}
+
+impl Node {
+    /// A socket address of the node.
+    #[must_use]
+    pub fn at(&self, port: u16) -> SocketAddr {
+        (self.v4, port).into()
+    }
+
+    /// An IPv6 socket address of the node.
+    #[must_use]
+    pub fn at6(&self, port: u16) -> SocketAddr {
+        (self.v6, port).into()
+    }
+
+    /// Both addresses.
+    #[must_use]
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        [self.v4.into(), self.v6.into()]
+    }
+
+    /// The namespace's name.
+    #[must_use]
+    pub fn netns(&self) -> &str {
+        self.ns.name()
+    }
+}
+
+/// A lab: its nodes and, where they hang on a bridge, the switch.
+#[derive(Debug)]
+pub struct Lab {
+    /// The hosts, in the order asked for.
+    pub nodes: Vec<Node>,
+    /// The namespace with the bridge `br0` and the ports `p1`, `p2` …
+    pub switch: Option<Netns>,
+    spaces: Vec<Netns>,
+}
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+fn fresh_name() -> String {
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("{PREFIX}{}-{number}", std::process::id())
+}
+
+impl Lab {
+    /// Two hosts, `a` and `b`, joined by a veth pair, with fixed neighbour entries so that nothing but
+    /// what a test sends crosses it.
+    pub fn pair() -> Result<Self> {
+        Self::pair_with_mtu(1500)
+    }
+
+    /// The same with another MTU.
+    pub fn pair_with_mtu(mtu: u32) -> Result<Self> {
+        let lab = Self::with_nodes(2)?;
+        let (a, b) = (lab.nodes[0].clone(), lab.nodes[1].clone());
+        command::tool(&format!(
+            "ip -n {} link add eth0 mtu {mtu} address {} type veth peer name eth0 mtu {mtu} \
+             address {} netns {}",
+            a.netns(),
+            mac_text(a.mac),
+            mac_text(b.mac),
+            b.netns()
+        ))?;
+        lab.configure_nodes()?;
+        lab.fix_neighbours()?;
+        Ok(lab)
+    }
+
+    /// `count` hosts on a bridge.
+    pub fn switched(count: usize) -> Result<Self> {
+        let mut lab = Self::with_nodes(count)?;
+        let switch = lab.add_space("sw")?;
+        switch.tool("ip link add br0 type bridge")?;
+        switch.tool("ip link set br0 up")?;
+        for (number, node) in (1..).zip(&lab.nodes) {
+            command::tool(&format!(
+                "ip -n {} link add p{number} type veth peer name eth0 address {} netns {}",
+                switch.name(),
+                mac_text(node.mac),
+                node.netns()
+            ))?;
+            switch.tool(&format!("ip link set p{number} master br0 up"))?;
+        }
+        lab.switch = Some(switch);
+        lab.configure_nodes()?;
+        Ok(lab)
+    }
+
+    fn with_nodes(count: usize) -> Result<Self> {
+        let mut lab = Self {
+            nodes: Vec::new(),
+            switch: None,
+            spaces: Vec::new(),
+        };
+        let name = fresh_name();
+        for index in 0..count {
+            let number = u8::try_from(index + 1).context("too many nodes")?;
+            let ns = Netns::create(&format!("{name}-n{number}"))?;
+            lab.spaces.push(ns.clone());
+            lab.nodes.push(Node {
+                ns,
+                v4: Ipv4Addr::new(10, 88, 0, number),
+                v6: Ipv6Addr::new(0xfd88, 0, 0, 0, 0, 0, 0, u16::from(number)),
+                mac: [2, 0x88, 0, 0, 0, number],
+            });
+        }
+        Ok(lab)
+    }
+
+    /// Another namespace that goes with the lab.
+    pub fn add_space(&mut self, suffix: &str) -> Result<Netns> {
+        let ns = Netns::create(&format!("{}-{suffix}", fresh_name()))?;
+        self.spaces.push(ns.clone());
+        Ok(ns)
+    }
+
+    fn configure_nodes(&self) -> Result<()> {
+        for node in &self.nodes {
+            node.ns.enter(|| {
+                for (name, value) in [
+                    ("net/ipv6/conf/all/accept_dad", "0"),
+                    ("net/ipv6/conf/default/accept_dad", "0"),
+                    ("net/ipv6/conf/eth0/accept_dad", "0"),
+                    ("net/ipv6/conf/eth0/router_solicitations", "0"),
+                    ("net/ipv6/conf/eth0/addr_gen_mode", "1"),
+                ] {
+                    std::fs::write(format!("/proc/sys/{name}"), value)
+                        .with_context(|| format!("setting {name}"))?;
+                }
+                Ok(())
+            })?;
+            node.ns.tool("ip link set lo up")?;
+            node.ns.tool("ip link set eth0 up")?;
+            node.ns
+                .tool(&format!("ip addr add {}/24 dev eth0", node.v4))?;
+            node.ns
+                .tool(&format!("ip addr add {}/64 dev eth0 nodad", node.v6))?;
+        }
+        note(format!(
+            "lab of {}",
+            self.spaces
+                .iter()
+                .map(Netns::name)
+                .collect::<Vec<_>>()
+                .join(", ")
+        ));
+        Ok(())
+    }
+
+    fn fix_neighbours(&self) -> Result<()> {
+        for node in &self.nodes {
+            for other in self.nodes.iter().filter(|other| other.v4 != node.v4) {
+                for address in other.addresses() {
+                    node.ns.tool(&format!(
+                        "ip neigh replace {address} lladdr {} nud permanent dev eth0",
+                        mac_text(other.mac)
+                    ))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets the fixed neighbour entries, so that ARP and neighbour discovery are at work.
+    pub fn free_neighbours(&self) -> Result<()> {
+        for node in &self.nodes {
+            node.ns.tool("ip neigh flush all nud permanent")?;
+            node.ns.tool("ip -6 neigh flush all nud permanent")?;
+        }
+        Ok(())
+    }
+
+    /// The first host.
+    #[must_use]
+    pub fn a(&self) -> &Node {
+        &self.nodes[0]
+    }
+
+    /// The second host.
+    #[must_use]
+    pub fn b(&self) -> &Node {
+        &self.nodes[1]
+    }
+
+    /// The switch's namespace.
+    pub fn switch(&self) -> Result<&Netns> {
+        self.switch.as_ref().context("this lab has no switch")
+    }
+
+    /// All namespaces of the lab.
+    #[must_use]
+    pub fn spaces(&self) -> &[Netns] {
+        &self.spaces
+    }
+}
+
+/// A hardware address as text.
+#[must_use]
+pub fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for space in &self.spaces {
+            // A test may have deleted one itself.
+            if space.path().exists()
+                && let Err(error) = space.delete()
+            {
+                eprintln!("could not delete {}: {error:#}", space.name());
+            }
+        }
+    }
+}
