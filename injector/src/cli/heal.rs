@@ -14,7 +14,7 @@ use crate::protocol::{Call, HealArgs as Request, HealResult};
 #[derive(Debug, Args)]
 pub(super) struct HealArgs {
     /// Rules and groups (partitions) to end
-    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    #[arg(conflicts_with = "all")]
     names: Vec<String>,
     /// End every rule there is
     #[arg(short, long)]
@@ -24,6 +24,11 @@ pub(super) struct HealArgs {
 impl HealArgs {
     /// Runs the command.
     pub(super) fn run(&self, session: &Session) -> Result<Exit, Failure> {
+        if self.names.is_empty() && !self.all {
+            return Err(Failure::usage("heal: no rule is named").help(
+                "name rules or groups, or end every rule with --all; `injector list` shows them",
+            ));
+        }
         let Some(mut connected) = session.connect()? else {
             let recovery = session.recover()?;
             if let Some(name) = self.names.first() {

@@ -46,7 +46,11 @@ enum Action {
         name: Name,
     },
     /// Show the labs there are
-    Status,
+    Status {
+        /// Show this lab only
+        #[arg(long = "name", value_name = "LAB")]
+        name: Option<String>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -125,8 +129,19 @@ impl LabArgs {
                     })?,
                 }
             }
-            Action::Status => {
-                let labs = lab::status(dir).map_err(|e| failed(&e))?;
+            Action::Status { name } => {
+                let mut labs = lab::status(dir).map_err(|e| failed(&e))?;
+                if let Some(name) = name {
+                    labs.retain(|lab| lab.name == *name);
+                    if labs.is_empty() {
+                        return Err(Failure::new(
+                            Exit::Failed,
+                            "lab",
+                            format!("there is no lab '{name}'"),
+                        )
+                        .help("`injector lab status` shows the labs there are"));
+                    }
+                }
                 output.either(&json!({ "labs": labs }), || described(session, &labs))?;
             }
         }

@@ -565,6 +565,33 @@ impl Families {
     }
 }
 
+/// Which families one part of a selector leaves.
+struct Limit {
+    field: &'static str,
+    /// What stands there, as the user may write it; its first entry if it is a list.
+    value: Option<String>,
+    left: Families,
+}
+
+impl Limit {
+    /// The value in front of what is said of it.
+    fn prefix(&self) -> String {
+        self.value
+            .as_ref()
+            .map(|value| format!("{value} "))
+            .unwrap_or_default()
+    }
+}
+
+/// A network as a user writes it: a single address without its length.
+fn written(net: &IpNet) -> String {
+    if net.prefix_len() == net.max_prefix_len() {
+        net.addr().to_string()
+    } else {
+        net.to_string()
+    }
+}
+
 impl fmt::Display for Families {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match (self.v4, self.v6) {
@@ -577,8 +604,8 @@ impl fmt::Display for Families {
 }
 
 /// The families that are left by everything together, and those of each part that limits them.
-fn families(selector: &Selector) -> (Families, Vec<(&'static str, Families)>) {
-    let mut limits: Vec<(&'static str, Families)> = Vec::new();
+fn families(selector: &Selector) -> (Families, Vec<Limit>) {
+    let mut limits: Vec<Limit> = Vec::new();
     for (field, set) in [
         ("peer", &selector.peer),
         ("local", &selector.local),
@@ -588,12 +615,21 @@ fn families(selector: &Selector) -> (Families, Vec<(&'static str, Families)>) {
         if !set.include.is_empty() {
             let v4 = set.include.iter().any(|net| net.addr().is_ipv4());
             let v6 = set.include.iter().any(|net| net.addr().is_ipv6());
-            limits.push((field, Families { v4, v6 }));
+            limits.push(Limit {
+                field,
+                // One of a family is enough to tell by.
+                value: set.include.first().map(written),
+                left: Families { v4, v6 },
+            });
         }
     }
     if let Some(version) = selector.ip_version {
         let v4 = version == IpVersion::V4;
-        limits.push(("ip_version", Families { v4, v6: !v4 }));
+        limits.push(Limit {
+            field: "ip_version",
+            value: Some(if v4 { "4" } else { "6" }.to_owned()),
+            left: Families { v4, v6: !v4 },
+        });
     }
     if !selector.protocols.is_empty() {
         let mut of_protocols = Families {
@@ -608,11 +644,15 @@ fn families(selector: &Selector) -> (Families, Vec<(&'static str, Families)>) {
                 Protocol::OtherEthertype => {}
             }
         }
-        limits.push(("proto", of_protocols));
+        limits.push(Limit {
+            field: "proto",
+            value: None,
+            left: of_protocols,
+        });
     }
     let left = limits
         .iter()
-        .fold(Families::BOTH, |left, (_, limit)| left.and(*limit));
+        .fold(Families::BOTH, |left, limit| left.and(limit.left));
     (left, limits)
 }
 
@@ -641,13 +681,27 @@ fn one_family(selector: &Selector) -> Result<(), SpecError> {
         return Ok(());
     }
     // Two parts always suffice to name: each part leaves IPv4, IPv6 or both.
-    let first = limits.iter().find(|(_, limit)| *limit != Families::BOTH);
-    let second =
-        first.and_then(|(_, one)| limits.iter().find(|(_, limit)| one.and(*limit).is_empty()));
+    let first = limits.iter().find(|limit| limit.left != Families::BOTH);
+    let second = first.and_then(|one| {
+        limits
+            .iter()
+            .find(|limit| one.left.and(limit.left).is_empty())
+    });
     match (first, second) {
-        (Some((field, one)), Some((other_field, other))) => Err(SpecError::field(
-            field,
-            format!("leaves only {one} and {other_field} only {other}, so no packet can match"),
+        (Some(one), Some(other)) => Err(SpecError::field(
+            one.field,
+            format!(
+                "{}leaves only {} and {}{} only {}, so no packet can match",
+                one.prefix(),
+                one.left,
+                other.field,
+                other
+                    .value
+                    .as_ref()
+                    .map(|value| format!(" {value}"))
+                    .unwrap_or_default(),
+                other.left
+            ),
             "use addresses of one family in a rule, or both families in each of its lists",
         )),
         _ => Ok(()),

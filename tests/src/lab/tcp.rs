@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use super::{netns::Netns, topology::Node};
+use super::{netns::Netns, topology::Node, udp::FREE, wait::wait_for};
 
 /// Sends `bytes` from one node to another on a connection of its own; returns how long that took.
 /// Fails if they are not all there within the time.
@@ -55,8 +55,13 @@ pub fn bulk(from: &Node, to: &Node, port: u16, bytes: usize, within: Duration) -
 
 /// A listener in a namespace.
 pub fn listen(ns: &Netns, address: SocketAddr) -> Result<TcpListener> {
-    let listener =
-        ns.enter(|| TcpListener::bind(address).with_context(|| format!("listening on {address}")))?;
+    let listener = wait_for("the address is free", FREE, || {
+        ns.enter(|| {
+            TcpListener::bind(address)
+                .map(Some)
+                .with_context(|| format!("listening on {address}"))
+        })
+    })?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }

@@ -26,6 +26,13 @@ pub struct Node {
 }
 
 impl Node {
+    /// Makes the clsact of `eth0` beforehand, so that the injector finds one. Making or deleting one takes
+    /// the interface's queues out of service for a moment, in which the kernel drops what is sent
+    /// (`qdisc_graft`, net/sched/sch_api.c): where a test accounts for every packet, that must not happen.
+    pub fn make_clsact(&self) -> Result<()> {
+        self.ns.tool("tc qdisc add dev eth0 clsact").map(drop)
+    }
+
     /// A socket address of the node.
     #[must_use]
     pub fn at(&self, port: u16) -> SocketAddr {
@@ -228,6 +235,12 @@ pub fn mac_text(mac: [u8; 6]) -> String {
 
 impl Drop for Lab {
     fn drop(&mut self) {
+        // What the kernel itself dropped explains a failure; shown only then.
+        for node in &self.nodes {
+            if let Ok(links) = node.ns.tool("ip -s -s link show") {
+                note(&links.stdout);
+            }
+        }
         for space in &self.spaces {
             // A test may have deleted one itself.
             if space.path().exists()

@@ -19,16 +19,22 @@ use nix::{
     },
 };
 
-use super::{netns::Netns, packet_socket::on_one_cpu, topology::Node};
+use super::{netns::Netns, packet_socket::on_one_cpu, topology::Node, wait::wait_for};
 
 /// A datagram's number in the flow is its first four bytes; its sender's port is the next two.
 const HEADER: usize = 6;
-const ARRIVES: Duration = Duration::from_secs(10);
+const ARRIVES: Duration = Duration::from_secs(4);
+/// A socket that a test has closed lives on in a child of another test between its fork and its exec.
+pub(super) const FREE: Duration = Duration::from_secs(2);
 
 /// A socket of a namespace with room for what a test sends before it looks.
 pub fn socket(ns: &Netns, address: SocketAddr) -> Result<UdpSocket> {
-    let socket = ns.enter(|| {
-        UdpSocket::bind(address).with_context(|| format!("binding UDP {address} in {}", ns.name()))
+    let socket = wait_for("the address is free", FREE, || {
+        ns.enter(|| {
+            UdpSocket::bind(address)
+                .map(Some)
+                .with_context(|| format!("binding UDP {address} in {}", ns.name()))
+        })
     })?;
     setsockopt(&socket, RcvBufForce, &(32 << 20)).context("SO_RCVBUFFORCE")?;
     Ok(socket)

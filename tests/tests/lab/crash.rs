@@ -52,6 +52,8 @@ fn killed(worker: u64) -> Result<()> {
     report(format!("LAB_SEED={seed}"));
     let mut random = StdRng::seed_from_u64(seed.wrapping_add(worker));
     let lab = Lab::pair()?;
+    // Of the two hosts one has a clsact that must stay, the other none.
+    lab.a().make_clsact()?;
     let mut injector = Injector::new()?;
     let stream = Stream::start(lab.a(), lab.b(), PORT, Duration::from_millis(2))?;
     stream.await_arrival(0, Duration::from_secs(20))?;
@@ -144,6 +146,15 @@ fn nothing_is_left(lab: &Lab, before: &[Snapshot; 2], thorough: bool) -> Result<
                 "left on {}: {qdiscs}",
                 node.netns()
             );
+            for hook in ["egress", "ingress"] {
+                let filters = node.ns.tool(&format!("tc filter show dev eth0 {hook}"))?;
+                ensure!(
+                    filters.stdout.is_empty(),
+                    "left on {}: {}",
+                    node.netns(),
+                    filters.stdout
+                );
+            }
         }
     }
     Ok(())

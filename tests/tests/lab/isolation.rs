@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use libtest_mimic::Trial;
 use serde_json::{Value, json};
 use tests::lab::{
@@ -19,10 +19,11 @@ use tests::lab::{
     packet_socket::{Receiver, Sender, numbers, on_one_cpu},
     stream::now_ns,
     tcp,
-    topology::Lab,
+    topology::{Lab, Node},
     transcript::{note, report},
     trial::{Need, trial},
     udp::Path,
+    wait::wait_for,
 };
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -118,21 +119,40 @@ fn neighbours_notice_nothing() -> Result<()> {
         "{cut} datagrams cut beside {lost} that none was lost of and 4 x 50 MB of TCP ({bulk:.2?}), \
          {retransmitted} retransmissions"
     ));
-    ensure!(
-        retransmitted <= overflow,
-        "TCP of other flows retransmitted {retransmitted} segments (the machine's own backlog lost \
-         {overflow} packets): {:?}",
-        after.0.grown(&before.0, "Tcp")
-    );
-    let stats = injector.stats()?;
-    let target = stats.target(a.netns(), "eth0")?.egress;
-    ensure!(
-        target.seen_packets == target.passed_packets + target.cut_packets
-            && target.cut_packets >= u64::from(cut)
-            && target.errors == 0
-            && target.table_full == 0,
-        "{target:?}"
-    );
+    // TCP retransmits here without a loss: the backlogs of two CPUs reorder. What went missing shows
+    // between the hook that a packet left through and the one that it arrived at.
+    let counters = || -> Result<_> {
+        let stats = injector.stats()?;
+        let of = |node: &Node| stats.target(node.netns(), "eth0").cloned();
+        Ok((of(a)?, of(b)?))
+    };
+    let conserved = wait_for("nothing is on its way", Duration::from_secs(10), || {
+        let (a, b) = counters()?;
+        let both_ways = a.egress.passed_packets == b.ingress.seen_packets + overflow
+            && b.egress.passed_packets == a.ingress.seen_packets;
+        Ok(both_ways.then_some((a, b)))
+    });
+    let Ok((a, b)) = conserved else {
+        bail!(
+            "packets went missing between the hosts (the machine's own backlog lost {overflow}): {:?}; {:?}",
+            counters()?,
+            after.0.grown(&before.0, "Tcp")
+        );
+    };
+    for (hook, counters, cut) in [
+        ("a's egress", a.egress, u64::from(cut)),
+        ("a's ingress", a.ingress, 0),
+        ("b's egress", b.egress, 0),
+        ("b's ingress", b.ingress, 0),
+    ] {
+        ensure!(
+            counters.seen_packets == counters.passed_packets + counters.cut_packets
+                && counters.cut_packets == cut
+                && counters.errors == 0
+                && counters.table_full == 0,
+            "{hook}, where {cut} were to be cut: {counters:?}"
+        );
+    }
     Ok(())
 }
 
@@ -169,6 +189,7 @@ fn thousand(lab: &Lab, first: u16) -> Vec<Value> {
 /// must be by the old rules up to one moment and by the new ones from then on.
 fn a_thousand_rules_change_at_once() -> Result<()> {
     let lab = Lab::pair()?;
+    lab.a().make_clsact()?;
     let injector = Injector::started(&[])?;
     // From no rules to a thousand, from these to a thousand others, and back to none.
     for (name, by_old, by_new) in [
@@ -445,7 +466,7 @@ fn what_is_protected_is_left_alone() -> Result<()> {
     let injector = Injector::started(&[])?;
     let mut listed = [
         Path::new(a, 7000, b, 7010)?,
-        Path::new(a, 7000, b, 7020)?,
+        Path::new(a, 7001, b, 7020)?,
         Path::new6(a, 7000, b, 7030)?,
     ];
     let fates = |listed: &mut [Path; 3], number: u32| -> Result<Vec<bool>> {
