@@ -327,6 +327,10 @@ fn decide_flow<T: Tables>(
     let known = match tables.flow(&work.key) {
         Some(entry) if read_once!(entry, epoch) == work.epoch => {
             work.now_ns = tables.now_ns();
+            #[expect(
+                clippy::cast_ptr_alignment,
+                reason = "an assertion above says that the slots are aligned to eight bytes"
+            )]
             // SAFETY: valid by `Tables`; the time is only ever overwritten with a later one, in one store.
             // The slots are aligned to eight bytes within their entry, and are copied as such.
             unsafe {
@@ -467,14 +471,13 @@ fn judge<T: Tables>(
         };
         advanced = tables.advance(&work.state, packets, work.now_ns);
     }
-    let hits = match advanced {
-        Some(advanced) => fate::hits(rule, advanced.before, packets),
+    let hits = if let Some(advanced) = advanced {
+        fate::hits(rule, advanced.before, packets)
+    } else {
         // Without state a position is not known: only what does not depend on it is decided.
-        None => {
-            counters.stateless_packets += packets;
-            work.full += 1;
-            if rule.fault == fault::CUT { packets } else { 0 }
-        }
+        counters.stateless_packets += packets;
+        work.full += 1;
+        if rule.fault == fault::CUT { packets } else { 0 }
     };
     if hits != 0 {
         counters.cut_packets += hits;
@@ -630,18 +633,18 @@ struct Bits;
 impl Step for Bits {
     #[inline(always)]
     fn step<T: Tables>(tables: &T, _index: u32, work: &mut Work) -> bool {
-        let word = work.word as usize;
-        if word >= RULE_WORDS {
+        let at = work.word as usize;
+        if at >= RULE_WORDS {
             return false;
         }
-        let bits = work.words[word];
+        let bits = work.words[at];
         if bits == 0 {
-            work.word = word as u32 + 1;
+            work.word = at as u32 + 1;
             return true;
         }
         let bit = bits & bits.wrapping_neg();
-        work.words[word] = bits ^ bit;
-        let slot = (EXEMPT_WORDS + word) as u32 * 64 + fate::position(bit);
+        work.words[at] = bits ^ bit;
+        let slot = (EXEMPT_WORDS + at) as u32 * 64 + fate::position(bit);
         if add_candidate(tables, work, slot).is_none() {
             work.missing = 1;
             return false;

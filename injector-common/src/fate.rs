@@ -151,7 +151,7 @@ mod tests {
             fault::CUT => true,
             fault::NTH => position == rule.n,
             fault::FIRST => position <= rule.n,
-            fault::EVERY => position % rule.n == 0,
+            fault::EVERY => position.is_multiple_of(rule.n),
             fault::PATTERN => index((position - 1) % length),
             fault::PATTERN_ONCE => position <= length && index(position - 1),
             fault::ONCE => position == 1,

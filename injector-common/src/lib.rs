@@ -7,6 +7,15 @@
 //! Everything here is `no_std`, and is compiled for the BPF target as well as for the host: no floating
 //! point, no panics that could be reached, loops with a constant bound.
 
+#![expect(
+    clippy::inline_always,
+    reason = "a function that the BPF target does not inline takes at most five arguments"
+)]
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "every narrowed number is bounded where it is narrowed; a checked conversion leaves a panic, \
+              which the verifier would have to prove unreachable"
+)]
 #![cfg_attr(not(any(feature = "std", test)), no_std)]
 
 pub mod decide;

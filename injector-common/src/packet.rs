@@ -268,6 +268,10 @@ fn join(first: u32, second: u32) -> u64 {
     }
 }
 
+#[expect(
+    clippy::verbose_bit_mask,
+    reason = "the mask is a field of the header, not a test for divisibility"
+)]
 #[inline(always)]
 fn parse_ipv4<P: Packet>(packet: &P, parsed: &mut Parsed) -> Result<(), Unparsed> {
     let offset = recall(&parsed.network_offset);
@@ -468,12 +472,13 @@ fn parse_arp<P: Packet>(packet: &P, parsed: &mut Parsed) -> Result<(), Unparsed>
     parsed.upper.kind = kind::OTHER;
     parsed.upper.protocol = crate::layout::OTHER_ARP;
     // Ethernet and IPv4, the only pairing whose addresses a rule can name.
-    if header.be32(0) == 0x0001_0800 && header.be16(4) == 0x0604 {
-        if let Some(body) = packet.window(offset, 28) {
-            parsed.source = short_address(body.raw32(14));
-            parsed.destination = short_address(body.raw32(24));
-            parsed.upper.has = upper_has::ADDRESSES;
-        }
+    if header.be32(0) == 0x0001_0800
+        && header.be16(4) == 0x0604
+        && let Some(body) = packet.window(offset, 28)
+    {
+        parsed.source = short_address(body.raw32(14));
+        parsed.destination = short_address(body.raw32(24));
+        parsed.upper.has = upper_has::ADDRESSES;
     }
     Ok(())
 }

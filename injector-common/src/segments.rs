@@ -2,7 +2,7 @@
 //!
 //! The kernel hands down one skb for up to 64 KB and cuts it later (`skb_gso_segment`, net/core/gso.c): every
 //! segment repeats the headers and carries `gso_size` bytes, the last one the rest. TCP's segmentation
-//! (`tcp_gso_segment`, net/ipv4/tcp_offload.c) leaves FIN and PSH to the last segment and CWR to the first.
+//! (`tcp_gso_segment`, `net/ipv4/tcp_offload.c`) leaves FIN and PSH to the last segment and CWR to the first.
 
 use crate::{
     layout::{RuleEntry, rule_flag, upper_has},
@@ -28,7 +28,7 @@ pub struct Meta {
     pub hook: u32,
 }
 
-/// `gso_size` of packets that are cut along their fragment list (SCTP): GSO_BY_FRAGS,
+/// `gso_size` of packets that are cut along their fragment list (SCTP): `GSO_BY_FRAGS`,
 /// include/linux/skbuff.h.
 pub const GSO_BY_FRAGS: u32 = 0xffff;
 

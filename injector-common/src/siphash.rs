@@ -1,6 +1,6 @@
 //! SipHash-2-4, the keyed hash of every random decision.
 //!
-//! Source: J.-P. Aumasson, D. J. Bernstein, "SipHash: a fast short-input PRF", 2012. Inputs here are whole
+//! Source: J.-P. Aumasson, D. J. Bernstein, "`SipHash`: a fast short-input PRF", 2012. Inputs here are whole
 //! 64-bit words, so that the kernel program needs neither buffering nor a loop of unknown length.
 
 /// The two halves of a key.

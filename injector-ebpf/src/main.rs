@@ -7,7 +7,7 @@
 //! because it leaves through a loopback device and is decided for arrival as well. Each pass is a run of its
 //! own, by a tail call.
 //!
-//! Both are cls_bpf filters in direct-action mode on clsact. To pass a packet they return `TC_ACT_UNSPEC`:
+//! Both are `cls_bpf` filters in direct-action mode on clsact. To pass a packet they return `TC_ACT_UNSPEC`:
 //! filters behind them still see it, and `tc_index` is left alone (`TC_ACT_OK` would overwrite it from
 //! `tc_classid`: `sch_handle_egress`, net/core/dev.c, 6.1). To cut one they return `TC_ACT_STOLEN`: the skb is
 //! consumed and the sender is told `NET_XMIT_SUCCESS`, where `TC_ACT_SHOT` would tell it `NET_XMIT_DROP`.
@@ -22,7 +22,16 @@
 #![allow(
     missing_docs,
     unreachable_pub,
-    reason = "what the classifier macro makes of a documented function"
+    clippy::needless_pass_by_value,
+    reason = "what the classifier macro makes of a documented function, and the signature that it asks for"
+)]
+#![expect(
+    clippy::inline_always,
+    reason = "a function that is not inlined takes at most five arguments, and is verified anew with each caller"
+)]
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the kernel hands down 16-bit numbers in 32-bit fields; a checked conversion leaves a panic"
 )]
 
 mod skb;

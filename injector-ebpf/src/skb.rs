@@ -70,6 +70,10 @@ fn opaque(mut value: usize) -> usize {
     value
 }
 
+#[expect(
+    clippy::cast_ptr_alignment,
+    reason = "the supported machines read any address, and the compiler would read an unaligned one bytewise"
+)]
 impl Window for SkbWindow {
     #[inline(always)]
     fn u8(self, at: usize) -> u8 {
@@ -97,7 +101,7 @@ impl Window for SkbWindow {
 }
 
 /// What the kernel says of the packet. The slot of the target is the classid of our own filter, which
-/// cls_bpf puts into `tc_classid` before it runs the program (`cls_bpf_classify`, net/sched/cls_bpf.c, 6.1):
+/// `cls_bpf` puts into `tc_classid` before it runs the program (`cls_bpf_classify`, `net/sched/cls_bpf.c`, 6.1):
 /// one loaded program serves any number of interfaces and namespaces.
 #[inline(always)]
 pub(crate) fn meta(ctx: &TcContext, direction: u32) -> Meta {

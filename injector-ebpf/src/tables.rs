@@ -106,7 +106,7 @@ static PASSES: ProgramArray = ProgramArray::with_max_entries(2, 0);
 #[inline(always)]
 pub(crate) fn tail_call(ctx: &TcContext, direction: u32) {
     // SAFETY: nothing of this run is used afterwards.
-    let _ = unsafe { PASSES.tail_call(ctx, direction) };
+    unsafe { PASSES.tail_call(ctx, direction) };
 }
 
 /// The maps as the decision sees them.

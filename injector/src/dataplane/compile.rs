@@ -91,12 +91,10 @@ impl Place {
     fn role(self, direction: u32) -> usize {
         let egress = direction == hook::EGRESS;
         match self {
-            Self::Source => role::source(direction),
-            Self::Destination => role::destination(direction),
-            Self::Peer if egress => role::destination(direction),
-            Self::Local if egress => role::source(direction),
-            Self::Peer => role::source(direction),
-            Self::Local => role::destination(direction),
+            Self::Peer if egress => Self::Destination.role(direction),
+            Self::Local if egress => Self::Source.role(direction),
+            Self::Source | Self::Peer => role::source(direction),
+            Self::Destination | Self::Local => role::destination(direction),
         }
     }
 }
@@ -413,9 +411,9 @@ impl Builder<'_> {
                 self.fill_ports(role, from, at, bits)?;
                 for (_, slot, on) in group {
                     if *on {
-                        set(&mut bits, *slot)
+                        set(&mut bits, *slot);
                     } else {
-                        clear(&mut bits, *slot)
+                        clear(&mut bits, *slot);
                     }
                 }
                 from = at;
@@ -555,7 +553,7 @@ fn port_ranges(entry: &Entry<'_>, role: usize) -> Option<Vec<(u16, u16)>> {
         for (first, last) in own {
             match joined.last_mut() {
                 Some((_, end)) if u32::from(first) <= u32::from(*end) + 1 => {
-                    *end = (*end).max(last)
+                    *end = (*end).max(last);
                 }
                 _ => joined.push((first, last)),
             }
@@ -809,7 +807,7 @@ fn sample(image: &Image, entry: &Entry<'_>, target: super::TargetSlot, hook: u32
         kind::V4
     };
     let protocol = if protocol >> 8 <= 1 {
-        class(kind, (protocol & 0xff) as u8)
+        class(kind, protocol.to_le_bytes()[0])
     } else {
         protocol
     };

@@ -238,6 +238,28 @@ fn array(map: Map, name: &'static str) -> Result<MapData, DataPlaneError> {
     }
 }
 
+/// A map whose entries are written through memory.
+fn mapped<T: aya::Pod>(
+    map: Map,
+    name: &'static str,
+    entries: u32,
+) -> Result<Mapping<T>, DataPlaneError> {
+    let data = array(map, name)?;
+    Mapping::new(data.fd(), entries).map_err(|source| DataPlaneError::Mmap { map: name, source })
+}
+
+/// A map as the type that it is used as.
+fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(
+    map: Map,
+    name: &'static str,
+) -> Result<T, DataPlaneError> {
+    T::try_from(map).map_err(|source| DataPlaneError::Map {
+        what: "open",
+        map: name,
+        source: Box::new(source),
+    })
+}
+
 /// Gives the programs each other, for further passes over a packet.
 fn link_passes(ebpf: &mut Ebpf) -> Result<ProgramArray<MapData>, DataPlaneError> {
     const MAP: &str = "PASSES";
@@ -314,25 +336,6 @@ impl DataPlane {
         let passes = link_passes(&mut ebpf)?;
         let mut take =
             |name: &'static str| ebpf.take_map(name).ok_or(DataPlaneError::Missing(name));
-        fn mapped<T: aya::Pod>(
-            map: Map,
-            name: &'static str,
-            entries: u32,
-        ) -> Result<Mapping<T>, DataPlaneError> {
-            let data = array(map, name)?;
-            Mapping::new(data.fd(), entries)
-                .map_err(|source| DataPlaneError::Mmap { map: name, source })
-        }
-        fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(
-            map: Map,
-            name: &'static str,
-        ) -> Result<T, DataPlaneError> {
-            T::try_from(map).map_err(|source| DataPlaneError::Map {
-                what: "open",
-                map: name,
-                source: Box::new(source),
-            })
-        }
         let mut caches = Vec::new();
         for (name, capacity) in [("IDLE", sizes.idle_flows), ("FRAGMENTS", sizes.fragments)] {
             if let Map::LruHashMap(data) = take(name)? {

@@ -28,7 +28,7 @@ pub struct Node {
 impl Node {
     /// Makes the clsact of `eth0` beforehand, so that the injector finds one. Making or deleting one takes
     /// the interface's queues out of service for a moment, in which the kernel drops what is sent
-    /// (`qdisc_graft`, net/sched/sch_api.c): where a test accounts for every packet, that must not happen.
+    /// (`qdisc_graft`, `net/sched/sch_api.c`): where a test accounts for every packet, that must not happen.
     pub fn make_clsact(&self) -> Result<()> {
         self.ns.tool("tc qdisc add dev eth0 clsact").map(drop)
     }

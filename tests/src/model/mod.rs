@@ -24,9 +24,4 @@ pub use parse::{Fragment, Parsed, Transport, Unparsed, parse};
 pub use setup::{Exemption, InForce, Setup, Target, describe_rule};
 
 #[cfg(test)]
-#[expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a test fails by panicking"
-)]
 mod tests;

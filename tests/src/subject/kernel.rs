@@ -16,7 +16,7 @@ use super::{
 };
 
 /// Tables large enough for any scenario, and quick to empty. (Small LRU tables evict early: every CPU keeps
-/// free entries to itself, `bpf_common_lru_populate`, kernel/bpf/bpf_lru_list.c.)
+/// free entries to itself, `bpf_common_lru_populate`, `kernel/bpf/bpf_lru_list.c`.)
 pub const TEST_SIZES: Sizes = Sizes {
     flows: 4096,
     states: 8192,

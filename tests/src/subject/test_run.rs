@@ -1,7 +1,7 @@
 //! `BPF_PROG_TEST_RUN` of the data plane's programs, for any target.
 //!
 //! A program learns its target from `tc_classid`, which a test run cannot set: of the fields that it can
-//! (`convert___skb_to_skb`, net/bpf/test_run.c, 6.18) only `cb` is free to carry a number. So the program
+//! (`convert___skb_to_skb`, `net/bpf/test_run.c`, 6.18) only `cb` is free to carry a number. So the program
 //! under test is not run itself, but tail-called from one of six instructions that moves `cb[0]` into
 //! `tc_classid`.
 
@@ -23,7 +23,7 @@ const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_FUNC_TAIL_CALL: i32 = 12;
 const BPF_PSEUDO_MAP_FD: u8 = 1;
 
-/// Actions of the programs (include/uapi/linux/pkt_cls.h).
+/// Actions of the programs (`include/uapi/linux/pkt_cls.h`).
 const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_STOLEN: u32 = 4;
 /// What the dispatcher returns if the tail call failed.
@@ -139,8 +139,8 @@ fn bpf<T>(
 const fn instruction(code: u8, target: u8, source: u8, offset: i16, immediate: i32) -> u64 {
     (code as u64)
         | ((source << 4 | target) as u64) << 8
-        | ((offset as u16) as u64) << 16
-        | ((immediate as u32) as u64) << 32
+        | (offset.cast_unsigned() as u64) << 16
+        | (immediate.cast_unsigned() as u64) << 32
 }
 
 /// A program that sets the target and tail-calls, and the array that it calls from.
