@@ -956,12 +956,12 @@ mod tests {
             (
                 r#""peer":"10.0.0.1","local":"fd00::1""#,
                 "peer",
-                "local only IPv6",
+                "10.0.0.1 leaves only IPv4 and local fd00::1 only IPv6",
             ),
             (
                 r#""peer":"fd00::1","ip_version":4"#,
                 "peer",
-                "ip_version only IPv4",
+                "ip_version 4 only IPv4",
             ),
             (
                 r#""peer":"fd00::1","proto":"icmp""#,

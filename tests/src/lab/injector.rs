@@ -42,6 +42,8 @@ pub mod exit {
     pub const NO_EFFECT: i32 = 6;
     /// A name that exists, or does not.
     pub const NAME: i32 = 7;
+    /// `exec` failed by itself; lower codes are its command's.
+    pub const EXEC: i32 = 125;
 }
 
 /// The binary under test.

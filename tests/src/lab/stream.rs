@@ -4,6 +4,7 @@
 //! kept with it, however busy the machine is.
 
 use std::{
+    collections::BTreeSet,
     net::UdpSocket,
     sync::{
         Arc, Mutex, PoisonError,
@@ -47,6 +48,9 @@ pub struct Stream {
     stop: Arc<AtomicBool>,
     shots: Arc<Mutex<Vec<Shot>>>,
     receiver: UdpSocket,
+    /// Numbers of what has arrived. Kept apart, since a datagram may be seen here before its sender has
+    /// come to write it down.
+    arrived: Mutex<BTreeSet<u32>>,
     sender: Option<JoinHandle<Result<()>>>,
 }
 
@@ -89,20 +93,23 @@ impl Stream {
             stop,
             shots,
             receiver,
+            arrived: Mutex::default(),
             sender: Some(sender),
         })
     }
 
     /// All datagrams so far; of the last few it may not be known yet that they arrived.
     pub fn so_far(&self) -> Result<Vec<Shot>> {
-        let arrivals = drain(&self.receiver)?;
-        let mut shots = self.shots.lock().unwrap_or_else(PoisonError::into_inner);
-        for (number, _) in arrivals {
-            if let Some(shot) = shots.get_mut(number as usize) {
-                shot.arrived = true;
-            }
-        }
-        Ok(shots.clone())
+        let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
+        arrived.extend(drain(&self.receiver)?.into_iter().map(|(number, _)| number));
+        let shots = self.shots.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok((0..)
+            .zip(shots.iter())
+            .map(|(number, shot)| Shot {
+                arrived: arrived.contains(&number),
+                ..*shot
+            })
+            .collect())
     }
 
     /// Waits until a datagram sent after `since` arrives; returns when it was sent.

@@ -6,11 +6,12 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
 
-use super::{PREFIX, command, netns::Netns, transcript::note};
+use super::{PREFIX, command, netns::Netns, transcript::note, wait::wait_until};
 
 /// One host of a lab. Its interface is `eth0`.
 #[derive(Debug, Clone)]
@@ -169,6 +170,9 @@ impl Lab {
             node.ns
                 .tool(&format!("ip addr add {}/64 dev eth0 nodad", node.v6))?;
         }
+        for space in &self.spaces {
+            await_carrier(space)?;
+        }
         note(format!(
             "lab of {}",
             self.spaces
@@ -225,6 +229,17 @@ impl Lab {
     pub fn spaces(&self) -> &[Netns] {
         &self.spaces
     }
+}
+
+/// Waits until every veth of a namespace has its carrier and a queue: until then the kernel drops what is
+/// sent, and it looks at carriers up to a second later (`linkwatch_schedule_work`, `net/core/link_watch.c`).
+fn await_carrier(space: &Netns) -> Result<()> {
+    wait_until("all links have a carrier", Duration::from_secs(20), || {
+        let links = space.tool("ip -o link show type veth")?.stdout;
+        Ok(links
+            .lines()
+            .all(|link| link.contains("state UP") && !link.contains("qdisc noop ")))
+    })
 }
 
 /// A hardware address as text.

@@ -210,8 +210,8 @@ fn command_line() -> Result<()> {
                 &["--"],
             ]
             .concat(),
-            exit::USAGE,
-            &[],
+            exit::EXEC,
+            &["COMMAND"],
         ),
     ];
     for (arguments, code, words) in others {

@@ -198,11 +198,12 @@ fn command(connection: &mut Connection, netns: &[String; 2], random: &mut StdRng
     connection.send_line(&line).map(drop)
 }
 
-/// Up to `most` random rules; about half of them cut the stream.
+/// Up to `most` random rules; the first of them is always about the stream.
 fn rules(netns: &[String; 2], random: &mut StdRng, most: u32) -> Vec<Value> {
     (0..random.random_range(1..=most))
         .map(|number| {
-            let port = if random.random_bool(0.3) {
+            let on_stream = number == 0 || random.random_bool(0.2);
+            let port = if on_stream {
                 PORT
             } else {
                 random.random_range(1..60_000)
@@ -214,7 +215,7 @@ fn rules(netns: &[String; 2], random: &mut StdRng, most: u32) -> Vec<Value> {
             json!({
                 "name": format!("rule-{number}"),
                 "netns": netns[random.random_range(0..2)],
-                "iface": [if random.random_bool(0.8) { "eth0" } else { "lo" }],
+                "iface": [if on_stream || random.random_bool(0.7) { "eth0" } else { "lo" }],
                 "dst_port": [port.to_string()],
                 "proto": ["udp"],
                 "seed": 1,
