@@ -132,7 +132,7 @@ fn needed(before: &Nstat, after: &Nstat) -> Result<u64> {
 }
 
 fn tcp_retransmits_what_is_dropped_now_and_then() -> Result<()> {
-    const BYTES: usize = 20 << 20;
+    const BYTES: usize = 40 << 20;
     let lab = Lab::pair()?;
     let (a, b) = (lab.a(), lab.b());
     let injector = Injector::started(&[])?;
@@ -172,7 +172,7 @@ fn tcp_retransmits_what_is_dropped_now_and_then() -> Result<()> {
 
     // Dropped loudly, TCP hardly counts a retransmission: the comparison above would fail.
     foreign::clsact(&a.ns, "eth0")?;
-    foreign::drop_at_random(&a.ns, "eth0", 1, u32::MAX / 2)?;
+    foreign::drop_at_random(&a.ns, "eth0", 1, u32::MAX / 4)?;
     let before = Nstat::read(&a.ns)?;
     tcp::bulk(a, b, 5002, BYTES, within)?;
     let after = Nstat::read(&a.ns)?;
