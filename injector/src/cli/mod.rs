@@ -308,7 +308,6 @@ mod tests {
         for line in [
             "",
             "add --cut --to 10.0.0.1",
-            "heal",
             "heal --all web",
             "lab up --nodes 0",
             "lab up --nodes 65",

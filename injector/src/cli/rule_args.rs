@@ -502,7 +502,10 @@ mod tests {
             ("--proto tcp", "fault: none is given"),
             ("--cut --drop-nth 2 --proto tcp", "cut and --drop-nth"),
             ("--cut --to 10.0.0.1/8", "--to '10.0.0.1/8'"),
-            ("--cut --from fd00::1 -4", "--from: leaves only IPv6"),
+            (
+                "--cut --from fd00::1 -4",
+                "--from: fd00::1 leaves only IPv6",
+            ),
             (
                 "--cut --peer-port 90-80",
                 "--peer-port '90-80': is a reversed range",
