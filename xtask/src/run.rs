@@ -1,9 +1,10 @@
 //! Running what was built: `load`, `lab`, `bench` and `demo`.
 
 use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::build::{self, Built, Profile};
 use crate::ebpf;
@@ -78,7 +79,7 @@ fn prepare(needs: &[Need], profile: Profile) -> Result<(Setup, Built)> {
     Ok((setup, build::user_space(profile)?))
 }
 
-/// Runs one of the programs as root, and takes over its exit code.
+/// Becomes one of the programs, as root: its exit code and the signals that it gets are ours.
 fn start(
     setup: &Setup,
     built: &Built,
@@ -94,12 +95,9 @@ fn start(
             .map(|(name, value)| (*name, value.as_os_str())),
         purpose,
     )?;
-    let status = process::status(command.args(arguments), purpose)?;
-    let code = status
-        .code()
-        .and_then(|code| u8::try_from(code).ok())
-        .unwrap_or(1);
-    Ok(ExitCode::from(code))
+    let shown = process::shown(command.args(arguments));
+    let error = command.exec();
+    Err(error).with_context(|| format!("{purpose}: `{shown}` cannot be started"))
 }
 
 /// What programs that run as root find in their environment:

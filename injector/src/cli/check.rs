@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     exit::{Exit, Failure},
-    output::{Output, Tone, toned},
+    output::{Output, Table, Tone, toned},
 };
 use crate::probe::{self, Needed, ProbeResult, Status};
 
@@ -21,7 +21,7 @@ impl CheckArgs {
         let results = probe::probe();
         let usable = lacking(&results).is_none();
         output.either(&json!({ "usable": usable, "features": results }), || {
-            text(&results)
+            text(output, &results)
         })?;
         Ok(match lacking(&results) {
             None => Exit::Success,
@@ -38,44 +38,33 @@ fn lacking(results: &[ProbeResult]) -> Option<&ProbeResult> {
         .find(|result| result.needed == Needed::Required && result.status == Status::Missing)
 }
 
-/// One line to each feature.
-fn text(results: &[ProbeResult]) -> String {
-    let mut text = String::new();
-    let widest = results
-        .iter()
-        .map(|result| result.feature.len())
-        .max()
-        .unwrap_or(0);
+/// One row to each feature, in a pipe one line.
+fn text(output: Output, results: &[ProbeResult]) -> String {
+    let mut table = Table::new(&["STATUS", "FEATURE", "FOUND"]);
     for result in results {
-        let (tone, status) = match (result.status, result.needed) {
-            (Status::Ok, _) => (Some(Tone::Good), "ok"),
-            (Status::Missing, Needed::Required) => (Some(Tone::Bad), "missing"),
-            (Status::Missing, Needed::Lanes | Needed::Lab) => (Some(Tone::Notice), "missing"),
-            (Status::Missing, Needed::Optional) => (None, "missing"),
-            (Status::Unknown, _) => (Some(Tone::Notice), "unknown"),
+        let status = match (result.status, result.needed) {
+            (Status::Ok, _) => toned(Tone::Good, "ok"),
+            (Status::Missing, Needed::Required) => toned(Tone::Bad, "missing"),
+            (Status::Missing, Needed::Lanes | Needed::Lab) => toned(Tone::Notice, "missing"),
+            (Status::Missing, Needed::Optional) => "missing".to_owned(),
+            (Status::Unknown, _) => toned(Tone::Notice, "unknown"),
         };
-        let padded = format!("{status:<7}");
-        let shown = tone.map_or(padded.clone(), |tone| toned(tone, &padded));
         let needed = match result.needed {
             Needed::Required => " [needed]",
             Needed::Lanes => " [for delay, rate …]",
             Needed::Lab => " [for labs]",
             Needed::Optional => "",
         };
-        // Writing to a String does not fail, here and below.
-        let _ = write!(
-            text,
-            "{shown}  {:<widest$}  {}{needed}",
-            result.feature, result.detail
-        );
+        let mut found = format!("{}{needed}", result.detail);
         if result.status != Status::Ok {
             for (name, part) in [("so", &result.consequence), ("remedy", &result.remedy)] {
                 if !part.is_empty() {
-                    let _ = write!(text, "; {name}: {part}");
+                    // Writing to a String does not fail.
+                    let _ = write!(found, "\n{name}: {part}");
                 }
             }
         }
-        text.push('\n');
+        table.row(vec![status, result.feature.to_owned(), found]);
     }
     let verdict = match lacking(results) {
         None => toned(Tone::Good, "the injector can work here"),
@@ -87,7 +76,7 @@ fn text(results: &[ProbeResult]) -> String {
             ),
         ),
     };
-    text + &verdict + "\n"
+    output.table(&table) + &verdict + "\n"
 }
 
 #[cfg(test)]
@@ -111,11 +100,11 @@ mod tests {
         assert!(lacking(std::slice::from_ref(&lanes)).is_none());
         let results = [lanes, result("BPF", Status::Missing, Needed::Required)];
         assert_eq!(lacking(&results).unwrap().feature, "BPF");
-        let shown = text(&results);
+        let shown = text(Output::plain(), &results);
         assert!(
             shown.contains("cannot work here: BPF is missing"),
             "{shown}"
         );
-        assert_eq!(shown.lines().count(), 3);
+        assert_eq!(shown.lines().count(), 4);
     }
 }

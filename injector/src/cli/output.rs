@@ -8,7 +8,9 @@ use std::{
 };
 
 use anstyle::{AnsiColor, Style};
-use comfy_table::{ContentArrangement, LineStyle, Table as Grid, TableStyle};
+use comfy_table::{
+    ColumnConstraint, ContentArrangement, LineStyle, Table as Grid, TableStyle, Width,
+};
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -17,6 +19,12 @@ use super::exit::Failure;
 /// A rule below the head, and no other lines.
 const LOOK: TableStyle =
     TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
+
+/// Blanks behind a cell, besides the one between two columns.
+const GAP: u16 = 1;
+
+/// Words up to this length are not broken to save room.
+const LONG_WORD: usize = 22;
 
 /// How a text is meant; shown by colour on a terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -215,6 +223,8 @@ fn terminal_width() -> Option<u16> {
 pub(super) struct Table {
     head: Vec<&'static str>,
     rows: Vec<Vec<String>>,
+    /// Columns that are left out where they hold nothing but zeros.
+    rare: &'static [&'static str],
 }
 
 impl Table {
@@ -224,7 +234,16 @@ impl Table {
         Table {
             head: head.to_vec(),
             rows: Vec::new(),
+            rare: &[],
         }
+    }
+
+    /// The same, without those of these columns that hold nothing but zeros: what hardly ever happens
+    /// takes no room until it does.
+    #[must_use]
+    pub(super) fn sparing(mut self, rare: &'static [&'static str]) -> Table {
+        self.rare = rare;
+        self
     }
 
     /// Adds a row.
@@ -232,31 +251,71 @@ impl Table {
         self.rows.push(cells);
     }
 
+    /// The head and the rows without the columns that are left out.
+    fn shown(&self) -> (Vec<&'static str>, Vec<Vec<&String>>) {
+        let shown: Vec<bool> = (0..)
+            .zip(&self.head)
+            .map(|(column, name)| {
+                let zero = |row: &Vec<String>| row.get(column).is_none_or(|cell| cell == "0");
+                !(self.rare.contains(name) && self.rows.iter().all(zero))
+            })
+            .collect();
+        let keep = |index: usize| shown.get(index).copied().unwrap_or(true);
+        let head = self.head.iter().enumerate();
+        let rows = self.rows.iter().map(|row| {
+            let cells = row.iter().enumerate();
+            cells.filter(|(i, _)| keep(*i)).map(|(_, c)| c).collect()
+        });
+        (
+            head.filter(|(i, _)| keep(*i)).map(|(_, n)| *n).collect(),
+            rows.collect(),
+        )
+    }
+
     /// For terminals: rules between head and rows, and cells wrapped to the width.
     fn grid(&self, width: Option<u16>) -> String {
+        let (head, rows) = self.shown();
         let mut grid = Grid::new();
         grid.load_style(LOOK);
         if let Some(width) = width {
             grid.set_content_arrangement(ContentArrangement::Dynamic)
                 .set_width(width);
         }
-        grid.set_header(self.head.iter().map(|name| toned(Tone::Head, name)));
-        for row in &self.rows {
+        grid.set_header(head.iter().map(|name| toned(Tone::Head, name)));
+        for row in &rows {
             grid.add_row(row);
         }
-        format!("{grid}\n")
+        for (index, column) in grid.column_iter_mut().enumerate() {
+            column.set_padding((0, GAP));
+            let words = rows
+                .iter()
+                .filter_map(|row| row.get(index))
+                .flat_map(|cell| cell.split_whitespace())
+                .map(|word| bare(word).chars().count())
+                .filter(|length| *length <= LONG_WORD);
+            let least = words.chain(head.get(index).map(|name| name.len())).max();
+            let least = u16::try_from(least.unwrap_or(0)).unwrap_or(u16::MAX);
+            column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(
+                least.saturating_add(GAP),
+            )));
+        }
+        grid.lines().fold(String::new(), |text, line| {
+            text + line.trim_end_matches(' ') + "\n"
+        })
     }
 
     /// For pipes: columns two blanks apart, nothing after the last cell, no tones.
     fn plain(&self) -> String {
-        let head: Vec<String> = self.head.iter().map(ToString::to_string).collect();
+        let (head, rows) = self.shown();
+        let head: Vec<String> = head.iter().map(ToString::to_string).collect();
+        let head: Vec<&String> = head.iter().collect();
         // A cell may hold several lines on a terminal.
-        let bare = |cell: &String| bare(cell).replace('\n', "; ");
+        let bare = |cell: &&String| bare(cell).replace('\n', "; ");
         let lines: Vec<Vec<String>> = std::iter::once(&head)
-            .chain(&self.rows)
+            .chain(&rows)
             .map(|row| row.iter().map(bare).collect())
             .collect();
-        let mut widths = vec![0; self.head.len()];
+        let mut widths = vec![0; head.len()];
         for line in &lines {
             for (width, cell) in widths.iter_mut().zip(line) {
                 *width = (*width).max(cell.chars().count());
@@ -380,8 +439,23 @@ mod tests {
         let text = coloured(&table.grid(Some(80)));
         assert!(text.contains("\u{1b}[32mactive\u{1b}[0m"), "{text:?}");
         let bare = anstream::adapter::strip_str(&text).to_string();
-        let widths: Vec<usize> = bare.lines().map(|line| line.chars().count()).collect();
-        assert!(widths.windows(2).all(|pair| pair[0] == pair[1]), "{bare}");
+        assert_eq!(
+            bare,
+            "NAME  STATE\n─────────────\na     active\nb     active\n"
+        );
+    }
+
+    #[test]
+    fn rare_columns_are_shown_where_they_say_something() {
+        let mut table = Table::new(&["NAME", "LAPSED", "FULL"]).sparing(&["LAPSED", "FULL"]);
+        table.row(vec!["a".into(), "0".into(), "0".into()]);
+        assert_eq!(Output::plain().table(&table), "NAME\na\n");
+        table.row(vec!["b".into(), toned(Tone::Bad, "3"), "0".into()]);
+        assert_eq!(
+            Output::plain().table(&table),
+            "NAME  LAPSED\na     0\nb     3\n"
+        );
+        assert!(!table.grid(Some(80)).contains("FULL"));
     }
 
     #[test]

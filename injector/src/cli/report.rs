@@ -30,26 +30,39 @@ pub(super) fn interface(netns: Option<&String>, iface: &str) -> String {
     }
 }
 
-/// Targets, those with a problem marked.
+/// Targets, those with a problem marked: `eth0, n1/eth0, sw/{p1,p2,p3}`.
 #[must_use]
 pub(super) fn targets(targets: &[TargetRef], should_be_attached: bool) -> String {
     if targets.is_empty() {
         return "-".to_owned();
     }
     targets
-        .iter()
-        .map(|target| {
-            let name = interface(target.netns.as_ref(), &target.iface);
-            match &target.problem {
-                Some(problem) => format!("{name} ({})", toned(Tone::Bad, problem)),
-                None if should_be_attached && !target.attached => {
-                    format!("{name} ({})", toned(Tone::Bad, "not attached"))
-                }
-                None => name,
+        .chunk_by(|one, next| one.netns == next.netns)
+        .map(|together| {
+            let names: Vec<String> = together
+                .iter()
+                .map(|target| marked(target, should_be_attached))
+                .collect();
+            match (&together[0].netns, names.as_slice()) {
+                (None, _) => names.join(", "),
+                (netns, [name]) => interface(netns.as_ref(), name),
+                (Some(netns), _) => format!("{netns}/{{{}}}", names.join(",")),
             }
         })
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+/// An interface, and what is wrong with it.
+fn marked(target: &TargetRef, should_be_attached: bool) -> String {
+    let name = &target.iface;
+    match &target.problem {
+        Some(problem) => format!("{name} ({})", toned(Tone::Bad, problem)),
+        None if should_be_attached && !target.attached => {
+            format!("{name} ({})", toned(Tone::Bad, "not attached"))
+        }
+        None => name.clone(),
+    }
 }
 
 /// The fault of a text form in words.

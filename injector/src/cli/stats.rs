@@ -102,7 +102,8 @@ impl StatsArgs {
             Vec::new()
         };
         let mut document = json!({
-            "rules": [], "targets": [], "tables": [], "daemon": null, "recovered": recovery,
+            "rules": [], "targets": [], "tables": [], "lapses": 0, "daemon": null,
+            "recovered": recovery,
         });
         if self.expect_effect
             && let Some(object) = document.as_object_mut()
@@ -274,7 +275,8 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
     let mut table = Table::new(&[
         "RULE", "STATE", "ASKED", "MATCHED", "CUT", "SHARE", "EXCESS", "FLOWS", "OFF", "LAPSED",
         "FIRST", "LAST",
-    ]);
+    ])
+    .sparing(&["EXCESS", "OFF", "LAPSED"]);
     for rule in rules {
         let total = report::total(rule);
         let lapsed = total.lapsed_packets.to_string();
@@ -324,7 +326,8 @@ pub(super) fn targets(output: Output, targets: &[TargetStats]) -> String {
         "ERRORS",
         "FULL",
         "LAPSED",
-    ]);
+    ])
+    .sparing(&["UNPARSED", "ORPHANS", "ERRORS", "FULL", "LAPSED"]);
     let mut notes = String::new();
     for target in targets {
         let name = report::interface(target.netns.as_ref(), &target.iface);
@@ -440,10 +443,7 @@ mod tests {
                 "(1.2",
                 "kB)",
                 "10.0%",
-                "0",
                 "2",
-                "0",
-                "0",
                 "30.0s",
                 "ago",
                 "30.0s",

@@ -22,7 +22,7 @@ use aya::{
 use injector_common::layout::{
     Bitmap, Class, Config, Connection, FlowEntry, FlowKey, MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS,
     PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, State, StateKey, Target,
-    TargetCounters, family, hook,
+    TargetCounters, family, hook, state_site,
 };
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -611,7 +611,8 @@ impl DataPlane {
         let all = sweep(&mut self.states, "STATES", |key, state| {
             let gone = !activations.contains(&key.activation);
             orphaned += u64::from(gone);
-            gone || is_idle(state.last_ns)
+            // What is kept of the rule as a whole (--drop-once) is one entry, and holds as long as the rule.
+            gone || key.flow.site != state_site::RULE && is_idle(state.last_ns)
         })?;
         collected.orphaned_states = orphaned;
         collected.idle_states = all - orphaned;

@@ -1,14 +1,16 @@
 //! The demo: an etcd of three members, whose leader is cut off from the other two and reconnected, with
 //! clients that write all the while. Plain lines where the output is not a terminal; exits non-zero if
-//! the story does not happen.
+//! the story does not happen, and leaves nothing behind, also where a signal ends it.
 //!
 //! Needs root, `INJECTOR_BIN` and `INJECTOR_SERVICES`; `cargo xtask demo` sees to it.
 
 use std::{
+    cell::Cell,
     fmt::Write as _,
     io::{self, IsTerminal},
+    os::unix::process::CommandExt,
     process::ExitCode,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicI32, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -17,30 +19,44 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use tests::lab::{
     DEMO_LAB,
+    command::{self, Output},
     etcd::{Etcd, Leadership, MEMBERS, Write, Writers},
     injector::Injector,
     netns::Netns,
     snapshot::Snapshot,
     sweep::sweep,
     topology::Node,
-    wait::wait_until,
+    wait::{give_up, given_up, wait_until},
 };
 
-/// Set when the user has had enough.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// The signal by which the user has said that it is enough; 0: none.
+static INTERRUPTED: AtomicI32 = AtomicI32::new(0);
 
-extern "C" fn interrupted(_: libc::c_int) {
-    INTERRUPTED.store(true, Ordering::Relaxed);
+/// What ends the demo early; everything is cleared away nevertheless.
+const ENDINGS: [Signal; 4] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+];
+
+extern "C" fn interrupted(signal: libc::c_int) {
+    INTERRUPTED.store(signal, Ordering::Relaxed);
+    give_up();
 }
 
 fn main() -> ExitCode {
-    match tell() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            say(Tone::Bad, &format!("The story did not happen: {error:#}"));
-            ExitCode::FAILURE
-        }
+    let Err(error) = tell() else {
+        return ExitCode::SUCCESS;
+    };
+    let signal = INTERRUPTED.load(Ordering::Relaxed);
+    if signal == 0 {
+        say(Tone::Bad, &format!("The story did not happen: {error:#}"));
+        return ExitCode::FAILURE;
     }
+    say(Tone::Bad, "Interrupted; everything was cleared away.");
+    // As a shell says it of a command that a signal ended.
+    u8::try_from(128 + signal).map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
 /// How a line is meant.
@@ -75,12 +91,29 @@ fn say(tone: Tone, text: &str) {
 fn title(text: &str) {
     say(Tone::Plain, "");
     say(Tone::Title, text);
+    say(Tone::Plain, "");
+}
+
+fn paragraph(lines: &[&str]) {
+    say(Tone::Plain, "");
+    for line in lines {
+        say(Tone::Plain, line);
+    }
+}
+
+/// Runs the injector, out of reach of a Ctrl-C that is meant for us.
+fn injector_apart(injector: &Injector, words: &[&str]) -> Result<Output> {
+    let mut command = injector.cli(words);
+    command.process_group(0);
+    command::run(command, command::DEADLINE)
 }
 
 /// Runs the injector as the user would, and shows the command.
 fn run(injector: &Injector, words: &[&str]) -> Result<String> {
     say(Tone::Command, &format!("$ injector {}", words.join(" ")));
-    let output = injector.ok(words)?;
+    let output = injector_apart(injector, words)?
+        .success()
+        .with_context(|| injector.daemon_log())?;
     for line in output.stdout.lines().chain(output.stderr.lines()) {
         say(Tone::Plain, &format!("  {line}"));
     }
@@ -134,7 +167,7 @@ impl Drop for DemoLab<'_> {
             &["heal", "--all"][..],
             &["lab", "down", "--name", &self.name],
         ] {
-            match self.injector.run(words) {
+            match injector_apart(self.injector, words) {
                 Ok(output) if output.status.success() => {
                     say(Tone::Command, &format!("$ injector {}", words.join(" ")));
                 }
@@ -155,22 +188,39 @@ fn tell() -> Result<()> {
         SaFlags::SA_RESTART,
         SigSet::empty(),
     );
-    // SAFETY: the handler only stores to an atomic.
-    unsafe { sigaction(Signal::SIGINT, &action) }.context("sigaction")?;
+    for signal in ENDINGS {
+        // SAFETY: the handler only stores to atomics.
+        unsafe { sigaction(signal, &action) }.context("sigaction")?;
+    }
     sweep()?;
     let began = Instant::now();
     let before = Snapshot::of_host()?;
     let injector = Injector::new()?;
 
-    title("1. A lab of three hosts and a client on a switch, and an etcd on the hosts");
+    paragraph(&[
+        "An etcd of three servers runs in a lab on this machine, and a client writes to",
+        "it all the while. Its leader is cut off from the other two, and reconnected.",
+        "What has to happen: the two elect another leader and go on; the one that is",
+        "alone refuses writes; afterwards all three agree, and no write that was",
+        "acknowledged is lost.",
+    ]);
+    title("1. Three servers and a client on a switch, each in a network namespace of its own");
     let lab = DemoLab::up(&injector, format!("{DEMO_LAB}{}", std::process::id()))?;
     let etcd = Etcd::start_on(lab.nodes()?, lab.switch(), None)?;
     let writers = Writers::start(&etcd, "demo/");
+    paragraph(&[
+        "etcd runs on n1, n2 and n3; from n4 a client writes through each of them. Each",
+        "line is a second: whom each server takes for the leader, how many writes it",
+        "accepted and refused (or did not answer within a second), and how many packets",
+        "have been cut so far.",
+    ]);
+    say(Tone::Plain, "");
     let story = Story {
         injector: &injector,
         etcd: &etcd,
         writers: &writers,
         began,
+        cut: Cell::new(0),
     };
     story.watch_until(Duration::from_secs(30), Duration::from_secs(2), |now| {
         now.leaders[0].is_some() && now.agree()
@@ -186,10 +236,11 @@ fn tell() -> Result<()> {
     wait_until("the host is as it was", Duration::from_secs(10), || {
         before.must_equal(&Snapshot::of_host()?).map(|()| true)
     })?;
+    say(Tone::Plain, "");
     say(
         Tone::Good,
         &format!(
-            "  the host is as it was; {:.0} s in all",
+            "This machine's interfaces, filters, routes and settings are as they were. {:.0} s in all.",
             began.elapsed().as_secs_f64()
         ),
     );
@@ -231,6 +282,8 @@ struct Story<'a> {
     etcd: &'a Etcd,
     writers: &'a Writers,
     began: Instant,
+    /// Packets cut, when last looked at.
+    cut: Cell<u64>,
 }
 
 /// What was seen in the last second.
@@ -245,17 +298,40 @@ impl Now {
     fn agree(&self) -> bool {
         self.leaders.iter().all(|leader| *leader == self.leaders[0])
     }
+
+    /// Prints a line of the table.
+    fn show(&self, seconds: u64, cut: u64) -> Result<()> {
+        let mut line = format!("  {seconds:3} s ");
+        for leader in self.leaders {
+            let leader = leader.map_or("none".to_owned(), |node| format!("n{}", node + 1));
+            write!(line, "  {leader:>4}")?;
+        }
+        line.push_str("   ");
+        for accepted in self.accepted {
+            write!(line, " {accepted:4}")?;
+        }
+        line.push_str("    ");
+        for refused in self.refused {
+            write!(line, " {refused:4}")?;
+        }
+        write!(line, "     {cut:8}")?;
+        say(Tone::Plain, &line);
+        Ok(())
+    }
 }
 
 impl Story<'_> {
+    /// All that was cut so far. Rules that have been healed are not in the statistics any more.
     fn cut_packets(&self) -> Result<u64> {
-        Ok(self
+        let now = self
             .injector
             .stats()?
             .rules
             .iter()
             .map(|rule| rule.egress.cut_packets + rule.ingress.cut_packets)
-            .sum())
+            .sum();
+        self.cut.set(self.cut.get().max(now));
+        Ok(self.cut.get())
     }
 
     /// Prints a line a second until the scene is as `wanted`, and for `longer` after that.
@@ -266,6 +342,14 @@ impl Story<'_> {
         wanted: impl Fn(&Now) -> bool,
     ) -> Result<()> {
         const BEAT: Duration = Duration::from_secs(1);
+        say(
+            Tone::Title,
+            "         leader, as seen by    writes accepted    writes refused    packets",
+        );
+        say(
+            Tone::Title,
+            "  time     n1    n2    n3      n1   n2   n3       n1   n2   n3          cut",
+        );
         let began = Instant::now();
         let mut reached: Option<Instant> = None;
         let mut members: [Option<String>; MEMBERS] = std::array::from_fn(|_| None);
@@ -273,9 +357,7 @@ impl Story<'_> {
         loop {
             let beat = Instant::now();
             while beat.elapsed() < BEAT {
-                if INTERRUPTED.load(Ordering::Relaxed) {
-                    bail!("interrupted");
-                }
+                ensure!(!given_up(), "interrupted");
                 thread::sleep(Duration::from_millis(50));
             }
             let writes = self.writers.so_far();
@@ -305,21 +387,7 @@ impl Story<'_> {
                 accepted: std::array::from_fn(|node| count(node, true)),
                 refused: std::array::from_fn(|node| count(node, false)),
             };
-            let cut = self.cut_packets()?;
-            let mut line = format!("  {:3} s ", self.began.elapsed().as_secs());
-            for node in 0..MEMBERS {
-                let leader =
-                    now.leaders[node].map_or("nobody".to_owned(), |n| format!("n{}", n + 1));
-                write!(
-                    line,
-                    "| n{}: leader {leader:6} {:3} ok {:2} refused ",
-                    node + 1,
-                    now.accepted[node],
-                    now.refused[node]
-                )?;
-            }
-            write!(line, "| {cut} packets cut")?;
-            say(Tone::Plain, &line);
+            now.show(self.began.elapsed().as_secs(), self.cut_packets()?)?;
             if reached.is_none() && wanted(&now) {
                 reached = Some(Instant::now());
             }
@@ -336,7 +404,7 @@ impl Story<'_> {
     /// Cuts the leader off, and watches until another one leads and the old one refuses writes.
     fn cut_off(&self, old: Leadership, lab: &DemoLab<'_>) -> Result<Cut> {
         title(&format!(
-            "2. The leader, n{}, is cut off from the other two, at the switch",
+            "2. The leader, n{}, is cut off from the other two, at the switch; the client reaches all",
             old.leader + 1
         ));
         let others: Vec<usize> = (0..MEMBERS).filter(|node| *node != old.leader).collect();
@@ -356,6 +424,7 @@ impl Story<'_> {
             ],
         )?;
         let at = Instant::now();
+        say(Tone::Plain, "");
         let (new, elected) = thread::scope(|scope| {
             let waiting = scope.spawn(|| {
                 self.etcd
@@ -371,15 +440,17 @@ impl Story<'_> {
                 .join()
                 .unwrap_or_else(|_| bail!("waiting for a leader panicked"))
         })?;
+        say(Tone::Plain, "");
         say(
             Tone::Good,
             &format!(
-                "n{} was elected {:.1} s after the cut; n{} refuses writes, the majority accepts them",
+                "n{} was elected {:.1} s after the cut; it accepts writes, n{} refuses them.",
                 new.leader + 1,
                 elected.as_secs_f64(),
                 old.leader + 1
             ),
         );
+        say(Tone::Plain, "");
         run(self.injector, &["stats"])?;
         let packets = self.cut_packets()?;
         ensure!(packets > 0, "the partition cut nothing");
@@ -397,6 +468,15 @@ impl Story<'_> {
         let healing = Instant::now();
         run(self.injector, &["heal", "--all"])?;
         let healed = Instant::now();
+        paragraph(&[
+            &format!(
+                "n{} comes back with a higher term than the others', since it has tried to be",
+                cut.old + 1
+            ),
+            "elected all the while. They have to elect a leader once more, which can take",
+            "some seconds: that is how Raft works without its pre-vote phase.",
+        ]);
+        say(Tone::Plain, "");
         self.watch_until(Duration::from_secs(25), Duration::from_secs(2), |now| {
             now.accepted.iter().all(|count| *count > 0) && now.agree()
         })?;
@@ -410,7 +490,7 @@ impl Story<'_> {
 
     /// Looks for every acknowledged write in every member's copy, and sums up.
     fn look_back(&self, cut: &Cut, healed: &Healed) -> Result<()> {
-        title("4. What is left of it");
+        title("4. Summary");
         let writes = &healed.writes;
         let (revision, hash) = self.etcd.await_agreement(Duration::from_secs(15))?;
         for node in 0..MEMBERS {
@@ -418,17 +498,23 @@ impl Story<'_> {
                 .iter()
                 .filter(|w| w.node == node && w.time.0 >= cut.at && w.time.1 <= healed.at.0)
                 .partition(|w| w.outcome.is_ok());
+            let alone = node == cut.old;
+            let note = match (alone, refused.is_empty()) {
+                (true, _) => " (alone)",
+                (false, false) => " (until there was a leader)",
+                (false, true) => "",
+            };
             say(
                 Tone::Plain,
                 &format!(
-                    "  while cut, n{}: {:4} writes accepted, {:3} refused",
+                    "  while cut, n{}      {} writes accepted, {} refused{note}",
                     node + 1,
                     accepted.len(),
                     refused.len()
                 ),
             );
             ensure!(
-                (node == cut.old) == accepted.is_empty(),
+                alone == accepted.is_empty(),
                 "n{} accepted {} writes",
                 node + 1,
                 accepted.len()
@@ -443,12 +529,21 @@ impl Story<'_> {
                 .count();
             ensure!(lost == 0, "n{} lost {lost} acknowledged writes", node + 1);
         }
-        say(Tone::Plain, &format!("  packets cut: {}", cut.packets));
+        say(
+            Tone::Plain,
+            &format!("  packets cut        {}", cut.packets),
+        );
         say(
             Tone::Plain,
             &format!(
-                "  a new leader after {:.1} s; n{} accepts writes again {:.1} s after healing",
-                cut.elected.as_secs_f64(),
+                "  a new leader       {:.1} s after the cut",
+                cut.elected.as_secs_f64()
+            ),
+        );
+        say(
+            Tone::Plain,
+            &format!(
+                "  healed             n{} accepts writes again {:.1} s later",
                 cut.old + 1,
                 first_accepted(writes, cut.old, healed.at.1)
                     .context("the old leader accepted no write after healing")?
@@ -457,11 +552,12 @@ impl Story<'_> {
         say(
             Tone::Good,
             &format!(
-                "  all three agree on revision {revision} (hash {hash}), and each of {} acknowledged \
-                 writes is there",
+                "  data               all three at revision {revision}, hash {hash}\n\
+                \x20 acknowledged       {} writes, each of them in all three",
                 acknowledged.len()
             ),
         );
+        say(Tone::Plain, "");
         Ok(())
     }
 }

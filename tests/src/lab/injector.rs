@@ -23,7 +23,7 @@ use super::{
     process::{self, Process},
     scratch::Scratch,
     transcript::note,
-    wait::{wait_for, wait_until},
+    wait::{wait_for, wait_to_end},
 };
 
 /// Exit codes, as documented in the README.
@@ -417,7 +417,7 @@ impl Drop for Injector {
         {
             let _sent = kill(pid, Signal::SIGCONT);
             let _sent = kill(pid, Signal::SIGTERM);
-            let ended = wait_until("a daemon leaves", Duration::from_secs(5), || {
+            let ended = wait_to_end("a daemon leaves", Duration::from_secs(5), || {
                 Ok(!serves(pid, self.state.path()))
             });
             if ended.is_err() {
