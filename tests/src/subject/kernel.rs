@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use injector::dataplane::{DataPlane, RuleSlot, Sizes, TargetSlot};
+use injector::dataplane::{Collected, DataPlane, RuleSlot, Sizes, TargetSlot};
 
 use crate::model::{Link, Outcome, Packet, RuleOutcome, Setup, Subject, TargetOutcome};
 
@@ -75,6 +75,11 @@ impl Kernel {
     pub fn missing() -> Option<String> {
         // SAFETY: a system call without arguments.
         (unsafe { libc::geteuid() } != 0).then(|| "loading eBPF programs needs root".to_owned())
+    }
+
+    /// Forgets what has been idle for longer than `idle`, as the daemon does from time to time.
+    pub fn collect(&mut self, idle: Duration) -> anyhow::Result<Collected> {
+        Ok(self.loaded()?.plane.collect(idle)?)
     }
 
     fn loaded(&mut self) -> anyhow::Result<&mut Loaded> {

@@ -3,6 +3,7 @@
 mod faults;
 mod fragments;
 mod headers;
+mod idle;
 mod selectors;
 
 use std::{net::IpAddr, time::Duration};
@@ -382,7 +383,7 @@ const GROUPS: &[Group] = &[
 
 /// One trial for each group of cases and each subject.
 pub(crate) fn trials() -> Vec<Trial> {
-    let mut trials = Vec::new();
+    let mut trials = vec![idle::trial()];
     for entry in std::iter::once(&MODEL).chain(OTHERS) {
         for (name, cases) in GROUPS {
             let name = format!("{}::{name}", entry.name);
