@@ -30,7 +30,7 @@ enum Mode {
     Replace,
 }
 
-/// Make the rules of a file the rules, all at once
+/// Add the rules of a file, all at once or none; with --replace they are the only ones
 ///
 /// The file holds JSON: what `injector list --json` prints, a list of rules, or one rule. A rule that
 /// exists under its name and says the same is left alone, with its counters.

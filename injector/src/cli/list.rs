@@ -39,7 +39,11 @@ fn text(output: Output, result: &ListResult) -> String {
     if result.rules.is_empty() {
         text.push_str("there are no rules\n");
     } else {
-        let grouped = result.rules.iter().any(|rule| rule.spec.group.is_some());
+        // The rules of a partition are named after it.
+        let grouped = result.rules.iter().any(|rule| {
+            let group = rule.spec.group.as_deref();
+            group.is_some_and(|group| !report::name(&rule.spec).starts_with(&format!("{group}:")))
+        });
         let mut head = vec!["NAME", "STATE", "TARGETS", "FAULT", "PACKETS", "REMAINING"];
         if grouped {
             head.insert(1, "GROUP");
@@ -99,6 +103,29 @@ fn text(output: Output, result: &ListResult) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups_are_shown_where_names_do_not_say_them() {
+        let shown = |name: &str| {
+            let result: ListResult = serde_json::from_value(json!({
+                "rules": [{
+                    "spec": {"name": name, "group": "split", "iface": ["p1"], "src": ["10.0.0.1"],
+                        "fault": {"cut": true}, "seed": 1},
+                    "state": "active", "targets": [], "activated_at": "2026-01-01T00:00:00Z",
+                    "activation": 1
+                }],
+                "protected": [],
+                "lease": {"seconds": 10.0, "valid": true, "lapses": 0},
+                "daemon": {"pid": 1, "version": "0", "protocol": 1,
+                    "started": "2026-01-01T00:00:00Z", "state_dir": "/run/injector"},
+                "epoch": 3
+            }))
+            .unwrap();
+            text(Output::plain(), &result)
+        };
+        assert!(!shown("split:1-2").contains("GROUP"));
+        assert!(shown("other").contains("GROUP"));
+    }
 
     #[test]
     fn rules_in_plain_columns() {

@@ -275,6 +275,10 @@ impl Table {
     /// For terminals: rules between head and rows, and cells wrapped to the width.
     fn grid(&self, width: Option<u16>) -> String {
         let (head, rows) = self.shown();
+        let rows: Vec<Vec<String>> = rows
+            .iter()
+            .map(|row| row.iter().map(|cell| breakable(cell)).collect())
+            .collect();
         let mut grid = Grid::new();
         grid.load_style(LOOK);
         if let Some(width) = width {
@@ -332,6 +336,18 @@ impl Table {
         }
         text
     }
+}
+
+/// Lists that are too long for a line, `10.0.0.1,10.0.0.2,…`, with blanks at which they can be broken.
+fn breakable(cell: &str) -> String {
+    let words = cell.split(' ').map(|word| {
+        if bare(word).chars().count() > LONG_WORD && !word.contains('{') {
+            word.replace(',', ", ").trim_end().to_owned()
+        } else {
+            word.to_owned()
+        }
+    });
+    words.collect::<Vec<_>>().join(" ")
 }
 
 /// `1 packet`, `2 packets`.
@@ -442,6 +458,18 @@ mod tests {
         assert_eq!(
             bare,
             "NAME  STATE\n─────────────\na     active\nb     active\n"
+        );
+    }
+
+    #[test]
+    fn long_lists_are_broken_at_their_commas() {
+        assert_eq!(
+            breakable("src 10.0.0.1,fd00::1, tcp"),
+            "src 10.0.0.1,fd00::1, tcp"
+        );
+        assert_eq!(
+            breakable("src 10.0.0.1,10.0.0.2,10.0.0.3, tcp"),
+            "src 10.0.0.1, 10.0.0.2, 10.0.0.3, tcp"
         );
     }
 
