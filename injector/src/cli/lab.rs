@@ -40,7 +40,7 @@ enum Action {
         #[arg(last = true, required = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
-    /// Remove a lab and all that runs on its network
+    /// Remove a lab's namespaces and network; what still runs in it is named, not ended
     Down {
         #[command(flatten)]
         name: Name,

@@ -11,7 +11,7 @@ use super::{
     report,
     session::Session,
 };
-use crate::protocol::{Call, ListResult, NoArgs};
+use crate::protocol::{Call, ListResult, NoArgs, RuleState};
 
 /// List the rules, and what they leave alone
 #[derive(Debug, Args)]
@@ -67,10 +67,18 @@ fn text(output: Output, result: &ListResult) -> String {
             if rule.unprotected {
                 packets.push_str(", protected ones too");
             }
+            // What ended the rule is said once.
+            let mut targets = rule.targets.clone();
+            for target in &mut targets {
+                target
+                    .problem
+                    .take_if(|problem| Some(&*problem) == rule.state_reason.as_ref());
+            }
+            let active = rule.state == RuleState::Active;
             let mut row = vec![
                 report::name(&rule.spec).to_owned(),
                 state,
-                report::targets(&rule.targets, true),
+                report::targets(&targets, active),
                 fault,
                 packets,
                 remaining,
