@@ -36,6 +36,11 @@ pub fn redis_server() -> Result<PathBuf> {
     binary("redis-server")
 }
 
+/// iperf3, client and server.
+pub fn iperf3() -> Result<PathBuf> {
+    binary("iperf3")
+}
+
 /// A service's program as a command in a namespace, with the libraries that were unpacked beside it.
 pub fn command(ns: &Netns, program: &Path) -> Result<Command> {
     let library = root()?.join("usr/lib");
