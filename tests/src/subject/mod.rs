@@ -1,6 +1,8 @@
 //! What is compared with the model: the loaded program, and the shared code in user space.
 
 mod kernel;
+pub mod many;
+pub mod meter;
 mod placing;
 mod shared;
 mod test_run;

@@ -12,6 +12,7 @@
 mod cases;
 mod random;
 mod subjects;
+mod tables;
 mod wrong;
 
 use libtest_mimic::Arguments;
@@ -21,5 +22,6 @@ fn main() -> std::process::ExitCode {
     let mut trials = cases::trials();
     trials.extend(wrong::trials());
     trials.extend(random::trials());
+    trials.extend(tables::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

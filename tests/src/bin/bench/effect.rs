@@ -5,14 +5,15 @@ use std::{fmt::Write, time::Duration};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::Value;
-use tests::lab::{
-    command::{self, DEADLINE},
-    injector::Injector,
-    stream::{Stream, now_ns},
-    topology::Lab,
+use tests::{
+    lab::{
+        command::{self, DEADLINE},
+        injector::Injector,
+        stream::{Stream, now_ns},
+        topology::Lab,
+    },
+    subject::{many::peer, meter::median},
 };
-
-use super::{median, rules::peer};
 
 const ADDRESSES: usize = 10_000;
 const ROUNDS: usize = 5;

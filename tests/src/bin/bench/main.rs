@@ -8,7 +8,6 @@
 
 mod cost;
 mod effect;
-mod rules;
 mod throughput;
 
 use std::{
@@ -34,7 +33,7 @@ struct Arguments {
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Aim {
     /// What was aimed at.
-    aim: String,
+    wanted: String,
     /// What was measured.
     measured: String,
     /// Whether that meets it.
@@ -133,7 +132,7 @@ fn text(document: &Document, terminal: bool) -> String {
     let mut aims = Table::new(&["aim", "measured", ""]);
     for aim in &document.aims {
         aims.row([
-            aim.aim.clone(),
+            aim.wanted.clone(),
             aim.measured.clone(),
             if aim.met { "met" } else { "MISSED" }.to_owned(),
         ]);
@@ -149,13 +148,6 @@ fn text(document: &Document, terminal: bool) -> String {
         aims.render(terminal),
     ]
     .join("\n")
-}
-
-/// The middle one of some values; the upper one of two. Zero of none.
-pub(crate) fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }
 
 /// The smallest and the largest.

@@ -22,10 +22,11 @@ use tests::{
         topology::Lab,
         wait::wait_for,
     },
+    subject::{many::Size, meter::median},
     table::Table,
 };
 
-use super::{Aim, median, rules::Size, span};
+use super::{Aim, span};
 
 const ROUNDS: usize = 7;
 const SECONDS: &str = "2";
@@ -136,7 +137,7 @@ impl Report {
         attached
             .iter()
             .map(|case| Aim {
-                aim: format!("iperf3, {}: as with nothing, within noise", case.case),
+                wanted: format!("iperf3, {}: as with nothing, within noise", case.case),
                 measured: format!("{:.2}, noise {:.2}", self.ratio(case), noise),
                 met: self.ratio(case) >= 1.0 - noise,
             })

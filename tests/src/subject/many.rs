@@ -12,21 +12,22 @@ use serde_json::json;
 /// The port that the first rule cuts; those of the others follow.
 const FIRST_PORT: usize = 10_000;
 /// A port that no rule is about.
-pub(crate) const FREE_PORT: u16 = 9;
+pub const FREE_PORT: u16 = 9;
 
 /// The `index`-th peer. Neighbours are two apart, so that no two of them share a prefix.
-pub(crate) fn peer(index: usize) -> Ipv4Addr {
+#[must_use]
+pub fn peer(index: usize) -> Ipv4Addr {
     let index = u32::try_from(index).unwrap_or(0);
     Ipv4Addr::from(0x0b00_0001 + 2 * index)
 }
 
 /// So many peers and rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-pub(crate) struct Size {
+pub struct Size {
     /// Different addresses, over all rules.
-    pub(crate) peers: usize,
+    pub peers: usize,
     /// Rules.
-    pub(crate) rules: usize,
+    pub rules: usize,
 }
 
 impl Size {
@@ -44,17 +45,18 @@ impl Size {
     }
 
     /// A peer and a port that the last rule cuts.
-    pub(crate) fn cut(self) -> Result<(Ipv4Addr, u16)> {
+    pub fn cut(self) -> Result<(Ipv4Addr, u16)> {
         let last = self.rules - 1;
         Ok((peer(last % self.peers), u16::try_from(FIRST_PORT + last)?))
     }
 
+    /// The port at which a peer is cut, where there are at least as many peers as rules.
+    pub fn port_of(self, peer: usize) -> Result<u16> {
+        Ok(u16::try_from(FIRST_PORT + peer % self.rules)?)
+    }
+
     /// The rules, with activations from `first_activation` on.
-    pub(crate) fn rules(
-        self,
-        target: TargetSlot,
-        first_activation: u32,
-    ) -> Result<Vec<ActiveRule>> {
+    pub fn rules(self, target: TargetSlot, first_activation: u32) -> Result<Vec<ActiveRule>> {
         let now = DataPlane::monotonic_ns();
         (0..self.rules)
             .map(|index| {
