@@ -19,8 +19,10 @@ use tests::{
     },
 };
 
+type Case = fn() -> Result<()>;
+
 pub(crate) fn trials() -> Vec<Trial> {
-    let cases: [(&'static str, fn() -> Result<()>); 7] = [
+    let cases: [(&'static str, Case); 7] = [
         ("tables::flows_are_full", flows_are_full),
         ("tables::states_are_full", states_are_full),
         ("tables::connections_are_full", connections_are_full),
@@ -215,7 +217,7 @@ fn connections_are_full() -> Result<()> {
     // One that there is no room for counts as established.
     let cut = subject.cut_of(FLOWS, 7000)?;
     ensure!(
-        cut >= 32 && cut < FLOWS,
+        (32..FLOWS).contains(&cut),
         "{cut} of {FLOWS} connections count as new, and the table holds {}",
         SMALL.flows
     );

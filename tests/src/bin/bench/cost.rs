@@ -133,7 +133,9 @@ impl Report {
             ] {
                 let ratio = of_large / of_small;
                 aims.push(Aim {
-                    wanted: format!("{what}: 65,000 peers and 1,000 rules within {most} of 1 and 1"),
+                    wanted: format!(
+                        "{what}: 65,000 peers and 1,000 rules within {most} of 1 and 1"
+                    ),
                     measured: format!("{ratio:.2}"),
                     met: ratio <= most,
                 });
