@@ -164,10 +164,23 @@ pub struct Obstacle {
     pub what: String,
 }
 
+/// Packets that were dropped on sending between two looks.
+fn dropped_since(before: LinkStats, after: LinkStats) -> u64 {
+    after.tx_dropped.saturating_sub(before.tx_dropped)
+}
+
+/// Says that packets were dropped while a clsact was made or deleted.
+#[must_use]
+pub fn dropped_text(packets: u64) -> String {
+    let plural = if packets == 1 { "packet" } else { "packets" };
+    format!("the kernel dropped {packets} {plural} that it sent in that moment")
+}
+
 /// What [`Attachment::detach`] did.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Detached {
-    /// Texts on what was met and left alone (foreign filters on our clsact, an interface that has gone).
+    /// Texts on what was met and left alone (foreign filters on our clsact, an interface that has gone),
+    /// and on packets that the kernel dropped meanwhile.
     pub notes: Vec<String>,
 }
 
@@ -214,6 +227,8 @@ pub struct Attachment {
     journal: Arc<Journal>,
     /// What we did and have not undone, oldest first.
     made: Vec<(EntryId, Entry)>,
+    /// What the interface did not send while its clsact was made.
+    dropped: u64,
 }
 
 impl Attachment {
@@ -231,6 +246,7 @@ impl Attachment {
             link: link.clone(),
             journal: Arc::clone(journal),
             made: Vec::new(),
+            dropped: 0,
         };
         let mut template = Entry {
             boot_id: boot_id()?,
@@ -243,8 +259,12 @@ impl Attachment {
             change: Change::Clsact,
         };
         link.netns.run(|| {
-            template.mac = undo::mac(&attachment.same_link()?);
+            let before = attachment.same_link()?;
+            template.mac = undo::mac(&before);
             attachment.add_clsact(&template)?;
+            if !attachment.made.is_empty() {
+                attachment.dropped = dropped_since(before.stats, attachment.same_link()?.stats);
+            }
             // Ingress first, so that no answer to what egress lets through is missed.
             if !link.loopback {
                 attachment.add_filter(&template, Hook::Ingress, ingress, classid)?;
@@ -252,6 +272,14 @@ impl Attachment {
             attachment.add_filter(&template, Hook::Egress, egress, classid)
         })??;
         Ok(attachment)
+    }
+
+    /// Packets that the interface dropped on sending while its clsact was made, where it was: the kernel
+    /// takes an interface's queues out of service for that moment (`qdisc_graft`, `net/sched/sch_api.c`). A
+    /// lower bound: what is flushed from a queue is not counted there, and older kernels count less.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.dropped
     }
 
     /// The interface, if it is still the one that was inspected.
@@ -507,8 +535,18 @@ impl Attachment {
         if entries.is_empty() {
             return Ok(Detached::default());
         }
+        let deletes_clsact = entries
+            .iter()
+            .any(|entry| matches!(entry.change, Change::Clsact));
+        let before = deletes_clsact.then(|| self.link_stats().ok()).flatten();
         let (outcomes, error) = undo::undo(&self.link.netns, &entries);
         let mut detached = Detached::default();
+        if let (Some(before), Ok(after)) = (before, self.link_stats()) {
+            let dropped = dropped_since(before, after);
+            if dropped > 0 {
+                detached.notes.push(dropped_text(dropped));
+            }
+        }
         for outcome in outcomes {
             if let Some((id, _)) = self.made.pop() {
                 // If this cannot be written the next recovery finds nothing to do: no harm.

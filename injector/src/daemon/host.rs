@@ -47,6 +47,8 @@ pub trait Host: Send + 'static {
         ingress: BorrowedFd<'_>,
         slot: TargetSlot,
     ) -> Result<Self::Attachment, ErrorBody>;
+    /// Packets that the kernel dropped while it was attached.
+    fn dropped(&self, attachment: &Self::Attachment) -> u64;
     /// Looks whether an attachment is still in place.
     fn verify(&self, attachment: &Self::Attachment) -> Result<Presence, ErrorBody>;
     /// What runs before us on the target and may hide packets.
@@ -110,6 +112,10 @@ impl Host for KernelHost {
     ) -> Result<Attachment, ErrorBody> {
         Attachment::attach(link, &self.journal, egress, ingress, slot.0)
             .map_err(|error| attach_error(&error))
+    }
+
+    fn dropped(&self, attachment: &Attachment) -> u64 {
+        attachment.dropped()
     }
 
     fn verify(&self, attachment: &Attachment) -> Result<Presence, ErrorBody> {

@@ -8,7 +8,7 @@ use super::{
     state::State,
 };
 use crate::{
-    attach::{Presence, TargetLink},
+    attach::{Presence, TargetLink, dropped_text},
     netlink::Hook,
     netns::{Netns, NetnsId},
     protocol::{ErrorBody, ErrorCode, EventKind},
@@ -205,12 +205,17 @@ impl<P: Plane, H: Host> State<P, H> {
         for key in keys {
             if let Some(target) = self.targets.get(key) {
                 let label = target.label();
-                self.events.push(
-                    EventKind::TargetAttached,
-                    None,
-                    Some(&label),
-                    format!("attached to {label}"),
-                );
+                let dropped = target
+                    .attachment
+                    .as_ref()
+                    .map_or(0, |attachment| self.host.dropped(attachment));
+                let mut message = format!("attached to {label}");
+                if dropped > 0 {
+                    message.push_str("; ");
+                    message.push_str(&dropped_text(dropped));
+                }
+                self.events
+                    .push(EventKind::TargetAttached, None, Some(&label), message);
             }
         }
     }

@@ -47,6 +47,7 @@ struct World {
     attached: BTreeMap<(u64, u32), TargetSlot>,
     /// Interfaces on which attaching fails.
     refuse_attach: BTreeSet<String>,
+    dropped: BTreeMap<u32, u64>,
     refuse_detach: bool,
     refuse_commit: bool,
     gone: BTreeSet<u32>,
@@ -215,6 +216,14 @@ impl Host for FakeHost {
         let before = world.attached.insert((link.netns.id.ino, link.index), slot);
         assert_eq!(before, None, "attached twice to {}", link.name);
         Ok(link.clone())
+    }
+    fn dropped(&self, attachment: &TargetLink) -> u64 {
+        self.0
+            .world()
+            .dropped
+            .get(&attachment.index)
+            .copied()
+            .unwrap_or(0)
     }
     fn verify(&self, attachment: &TargetLink) -> Result<Presence, ErrorBody> {
         let world = self.0.world();
@@ -407,6 +416,15 @@ fn a_target_is_attached_with_its_first_rule_and_detached_with_its_last() {
     assert!(bench.acting().is_empty());
     assert_eq!(bench.events(EventKind::TargetAttached).len(), 1);
     assert_eq!(bench.events(EventKind::TargetDetached).len(), 1);
+}
+
+#[test]
+fn what_the_kernel_drops_while_attaching_is_told() {
+    let mut bench = bench();
+    bench.world().dropped.insert(2, 7);
+    bench.add(&json!([rule("one", "eth0")]));
+    let told = &bench.events(EventKind::TargetAttached)[0].message;
+    assert!(told.contains("dropped 7 packets"), "{told}");
 }
 
 #[test]

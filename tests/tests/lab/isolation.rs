@@ -42,6 +42,11 @@ pub(crate) fn tests() -> Vec<Trial> {
         ),
         trial("isolation::ten_thousand_peers", NEEDS, ten_thousand_peers),
         trial(
+            "isolation::what_attaching_costs_is_told",
+            NEEDS,
+            what_attaching_costs_is_told,
+        ),
+        trial(
             "isolation::the_operator_is_not_cut_off",
             NEEDS,
             the_operator_is_not_cut_off,
@@ -325,6 +330,77 @@ fn sample_while(lab: &Lab, change: impl FnOnce() -> Result<()>) -> Result<Vec<(b
         }
     }
     Ok(samples)
+}
+
+/// Making and deleting a clsact makes the kernel drop what is sent in that moment. Events tell how many; with
+/// a clsact that was there before, there are none.
+fn what_attaching_costs_is_told() -> Result<()> {
+    for there_before in [false, true] {
+        let lab = Lab::pair()?;
+        let (a, b) = (lab.a(), lab.b());
+        if there_before {
+            a.make_clsact()?;
+        }
+        let injector = Injector::started(&[])?;
+        let backlog = backlog_drops()?;
+        let busy = AtomicBool::new(true);
+        let lost = thread::scope(|scope| {
+            let busy = &busy;
+            let flood = scope.spawn(move || -> Result<u64> {
+                let receiver = Receiver::open(&b.ns)?;
+                let sender = Sender::open(&a.ns)?;
+                let packet = Packet::new(a.v4, b.v4, Layer4::Udp(7000, 7001));
+                let mut sent = 0;
+                let mut arrived = BTreeSet::new();
+                on_one_cpu(|| {
+                    while busy.load(Ordering::Relaxed) {
+                        sender.send(&packet.frame(sent))?;
+                        sent += 1;
+                        if sent % 1000 == 0 {
+                            arrived.extend(numbers(&receiver.drain()?));
+                        }
+                    }
+                    sender.send(&raw(&[], ETH_EXPERIMENT, &[], u32::MAX))
+                })?;
+                arrived.extend(numbers(&receiver.until(u32::MAX, Duration::from_secs(10))?));
+                Ok(u64::from(sent) - u64::try_from(arrived.len())?)
+            });
+            let changed = (0..10).try_for_each(|_| {
+                injector.add(&format!(
+                    "other --netns {} --iface eth0 --peer-port 9999 --cut",
+                    a.netns()
+                ))?;
+                injector.heal_all().map(drop)
+            });
+            busy.store(false, Ordering::Relaxed);
+            let lost = flood.join().map_err(|_| anyhow!("the sender panicked"))??;
+            changed.map(|()| lost)
+        })?;
+        // The machine's own backlog may overflow: that is nobody's doing here.
+        let lost = lost.saturating_sub(backlog_drops()? - backlog);
+        let told = dropped_in_events(&injector.events()?)?;
+        report(format!(
+            "clsact there before: {there_before}; lost {lost}, told {told}"
+        ));
+        ensure!(
+            lost == told && (!there_before || lost == 0),
+            "clsact there before: {there_before}; {lost} datagrams were lost, events tell of {told}"
+        );
+    }
+    Ok(())
+}
+
+/// How many dropped packets the events tell of.
+fn dropped_in_events(events: &[Value]) -> Result<u64> {
+    let mut sum = 0;
+    for event in events {
+        let message = event["message"].as_str().context("an event says nothing")?;
+        if let Some((_, rest)) = message.split_once("the kernel dropped ") {
+            let number = rest.split(' ').next().unwrap_or_default();
+            sum += number.parse::<u64>().context(message.to_owned())?;
+        }
+    }
+    Ok(sum)
 }
 
 fn ten_thousand_peers() -> Result<()> {
