@@ -29,7 +29,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     ]
 }
 
-/// Kills per test; all tests together make at least a hundred.
+/// Kills per test; all tests together make at least a hundred. Ten times as many with `--full`.
 const KILLS: u32 = 30;
 const PORT: u16 = 7600;
 const LEASE: Duration = Duration::from_secs(1);
@@ -58,9 +58,10 @@ fn killed(worker: u64) -> Result<()> {
     let stream = Stream::start(lab.a(), lab.b(), PORT, Duration::from_millis(2))?;
     stream.await_arrival(0, Duration::from_secs(20))?;
     let before = [Snapshot::of(&lab.a().ns)?, Snapshot::of(&lab.b().ns)?];
+    let kills = KILLS * tests::thoroughness();
     let mut windows = Vec::new();
     let began = Instant::now();
-    for kill in 0..KILLS {
+    for kill in 0..kills {
         let context = || format!("kill {kill}");
         if random.random_ratio(1, 6) {
             // While it starts: recovering, loading, listening.
@@ -107,7 +108,7 @@ fn killed(worker: u64) -> Result<()> {
     let shots = stream.finish()?;
     let lost: Vec<&Shot> = shots.iter().filter(|shot| !shot.arrived).collect();
     report(format!(
-        "{KILLS} kills in {:.1} s; {} of {} datagrams lost, all while they might be",
+        "{kills} kills in {:.1} s; {} of {} datagrams lost, all while they might be",
         began.elapsed().as_secs_f64(),
         lost.len(),
         shots.len()

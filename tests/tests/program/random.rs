@@ -11,7 +11,8 @@ use tests::{
 
 use crate::subjects::{Entry, OTHERS};
 
-/// Scenarios of one run, each of [`PACKETS`] packets: more than 200,000 packets.
+/// Scenarios of one run, each of [`PACKETS`] packets: more than 200,000 packets. Ten times as many with
+/// `--full`.
 const SCENARIOS: u64 = 2600;
 const PACKETS: usize = 80;
 const WANTED_PACKETS: u64 = 200_000;
@@ -70,7 +71,10 @@ fn side_by_side(entries: &[Entry], limits: Limits) -> anyhow::Result<()> {
         .collect();
 
     let seed = number("INJECTOR_PROGRAM_SEED", SEED)?;
-    let scenarios = number("INJECTOR_PROGRAM_SCENARIOS", SCENARIOS)?;
+    let scenarios = number(
+        "INJECTOR_PROGRAM_SCENARIOS",
+        SCENARIOS * u64::from(tests::thoroughness()),
+    )?;
     let began = Instant::now();
     let mut all = Comparison::default();
     for seed in seed..seed + scenarios {
