@@ -224,6 +224,8 @@ impl Receiver {
             arrivals.extend(self.drain()?);
             if let Some(place) = arrivals.iter().position(|one| one.number == marker) {
                 arrivals.remove(place);
+                // The marker may have come into its socket while the others had been looked at already.
+                arrivals.extend(self.drain()?);
                 return Ok(arrivals);
             }
             if began.elapsed() > within {

@@ -376,16 +376,17 @@ fn what_attaching_costs_is_told() -> Result<()> {
             let lost = flood.join().map_err(|_| anyhow!("the sender panicked"))??;
             changed.map(|()| lost)
         })?;
-        // The machine's own backlog may overflow: that is nobody's doing here.
-        let lost = lost.saturating_sub(backlog_drops()? - backlog);
+        // The machine's own backlog may overflow: that is nobody's doing here. A veth counts it as its own
+        // drop, so events tell of it only where it fell into a change.
+        let overflow = backlog_drops()? - backlog;
         let told = dropped_in_events(&injector.events()?)?;
-        report(format!(
-            "clsact there before: {there_before}; lost {lost}, told {told}"
-        ));
-        ensure!(
-            lost == told && (!there_before || lost == 0),
-            "clsact there before: {there_before}; {lost} datagrams were lost, events tell of {told}"
+        let seen = format!(
+            "clsact there before: {there_before}; {lost} datagrams were lost, events tell of {told}, \
+             backlogs dropped {overflow}"
         );
+        report(&seen);
+        let all_told = told <= lost && lost <= told + overflow;
+        ensure!(all_told && (!there_before || lost <= overflow), "{seen}");
     }
     Ok(())
 }
