@@ -7,6 +7,8 @@ mod artifacts;
 mod build;
 mod cache;
 mod ebpf;
+mod image;
+mod kernels;
 mod linker;
 mod lint;
 mod outcome;
@@ -18,15 +20,18 @@ mod services;
 mod setup;
 mod test;
 mod toolchain;
+mod vm;
 mod workspace;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
 use crate::build::Profile;
+use crate::kernels::Line;
 use crate::setup::{Need, Setup};
 use crate::test::Tier;
 
@@ -66,7 +71,11 @@ enum Verb {
     /// exec n1 -- ping -c1 n2`, `cargo xtask lab down`, `cargo xtask lab --help`.
     #[command(disable_help_flag = true)]
     Lab(PassedOn),
-    /// Run the tests: unit, lint, program (`BPF_PROG_TEST_RUN`) and lab (network namespaces)
+    /// Run things on Debian's kernels, in virtual machines
+    #[command(subcommand)]
+    Vm(VmVerb),
+    /// Run the tests: unit, lint, program (`BPF_PROG_TEST_RUN`), lab (network namespaces) and vm (the same on
+    /// other kernels, and everything that needs a lane)
     ///
     /// Ends with one line: "N passed, N failed, N skipped". Fails if a test failed, and, where CI
     /// is set in the environment, if a test was skipped that this machine could have run.
@@ -79,6 +88,57 @@ enum Verb {
     ///
     /// Arguments are passed on to the demo.
     Demo(PassedOn),
+}
+
+/// What to do with virtual machines.
+#[derive(Subcommand)]
+enum VmVerb {
+    /// Run the test programs on kernels
+    Test(VmTestArgs),
+    /// Run a command on a kernel: one of our own programs (injector, verify), or one of the system's
+    Run(VmRunArgs),
+    /// Open a shell on a kernel; leave it with `exit`
+    Shell(MachineArgs),
+}
+
+/// Which machine.
+#[derive(Args)]
+struct MachineArgs {
+    /// The line of kernels: two numbers, or `newest`
+    #[arg(long, value_name = "LINE", default_value = "6.1")]
+    kernel: Line,
+    /// Its memory
+    #[arg(long, value_name = "MIB", default_value_t = vm::MEMORY)]
+    memory: u32,
+}
+
+/// Arguments of `vm run`.
+#[derive(Args)]
+struct VmRunArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    /// End it after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    timeout: u64,
+    /// The command, after `--`
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// Arguments of `vm test`.
+#[derive(Args)]
+struct VmTestArgs {
+    /// On these lines of kernels only
+    #[arg(long, value_name = "LINE", value_delimiter = ',')]
+    kernel: Vec<Line>,
+    /// Only this test program
+    #[arg(long, value_name = "NAME", value_parser = test::IN_MACHINES)]
+    program: Option<String>,
+    /// Run the long versions too, and everything on every kernel
+    #[arg(long)]
+    full: bool,
+    /// Run only the tests with this text in their name
+    filter: Option<String>,
 }
 
 /// Arguments of `build`.
@@ -140,7 +200,27 @@ fn main() -> ExitCode {
                 full: arguments.full,
                 tiers: arguments.tier,
                 filter: arguments.filter,
+                kernels: Vec::new(),
+                program: None,
             });
+        }
+        Verb::Vm(VmVerb::Test(arguments)) => {
+            return test::run(&test::Options {
+                full: arguments.full,
+                tiers: vec![Tier::Vm],
+                filter: arguments.filter,
+                kernels: arguments.kernel,
+                program: arguments.program,
+            });
+        }
+        Verb::Vm(VmVerb::Run(arguments)) => run::machine(
+            &arguments.machine.kernel,
+            arguments.machine.memory,
+            Duration::from_secs(arguments.timeout),
+            &arguments.command,
+        ),
+        Verb::Vm(VmVerb::Shell(arguments)) => {
+            run::machine(&arguments.kernel, arguments.memory, Duration::MAX, &[])
         }
         Verb::Bench(arguments) => run::bench(&arguments.arguments),
         Verb::Demo(arguments) => run::demo(&arguments.arguments),
@@ -156,7 +236,13 @@ fn main() -> ExitCode {
 
 /// `cargo xtask setup`.
 fn setup() -> Result<ExitCode> {
-    let setup = Setup::ensure(&[Need::Ebpf, Need::Lints, Need::Services, Need::Tools])?;
+    let setup = Setup::ensure(&[
+        Need::Ebpf,
+        Need::Lints,
+        Need::Services,
+        Need::Tools,
+        Need::Machine,
+    ])?;
     print!("{setup}");
     Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,9 @@
 //! Packages of the distribution, through apt.
 
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -30,6 +32,91 @@ impl Wanted {
             why: why.into(),
         }
     }
+}
+
+/// Packages of another suite of the machine's own archive, without touching the machine's configuration.
+#[derive(Debug)]
+pub(crate) struct Source {
+    /// What apt's programs are told.
+    options: Vec<OsString>,
+}
+
+impl Source {
+    /// A suite, with lists of its own in `folder`, brought up to date now.
+    pub(crate) fn beside(folder: &Path, suite: &str) -> Result<Self> {
+        let archive = archive()?;
+        let place = folder.join(suite);
+        for part in ["lists/partial", "cache/archives/partial"] {
+            let path = place.join(part);
+            fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+        }
+        let list = place.join("sources.list");
+        let text = format!("deb [signed-by={DEBIAN_KEYS}] {archive} {suite} main\n");
+        fs::write(&list, text).with_context(|| format!("writing {}", list.display()))?;
+        let option = |name: &str, value: &OsStr| {
+            let mut text = OsString::from(format!("{name}="));
+            text.push(value);
+            [OsString::from("-o"), text]
+        };
+        let options = [
+            option("Dir::Etc::sourcelist", list.as_os_str()),
+            option("Dir::Etc::sourceparts", OsStr::new("-")),
+            option("Dir::State::lists", place.join("lists").as_os_str()),
+            option("Dir::Cache", place.join("cache").as_os_str()),
+            option("APT::Sandbox::User", OsStr::new("root")),
+        ]
+        .concat();
+        let source = Self { options };
+        process::capture(
+            Command::new("apt-get")
+                .args(&source.options)
+                .args(["update", "-q"])
+                .env("LC_ALL", "C"),
+            &format!("reading the package lists of {suite}"),
+        )?;
+        Ok(source)
+    }
+}
+
+/// Where Debian's keys are (package debian-archive-keyring, which every Debian has).
+const DEBIAN_KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// The address of the archive that this machine takes Debian's main packages from.
+fn archive() -> Result<String> {
+    let text = process::capture(
+        Command::new("apt-get")
+            .args([
+                "indextargets",
+                "--format",
+                "$(REPO_URI) $(ORIGIN) $(LABEL) $(SUITE)",
+            ])
+            .env("LC_ALL", "C"),
+        "asking apt where its packages come from",
+    )?;
+    text.lines()
+        .find_map(|line| {
+            let mut words = line.split_whitespace();
+            let address = words.next()?;
+            (words.next() == Some("Debian") && words.next() == Some("Debian"))
+                .then(|| address.to_owned())
+        })
+        .context(
+            "apt knows no archive of Debian on this machine; newer kernels for virtual machines come from there",
+        )
+}
+
+/// Which of two package versions is newer.
+pub(crate) fn compare(one: &str, other: &str) -> Result<Ordering> {
+    for (relation, ordering) in [("gt", Ordering::Greater), ("eq", Ordering::Equal)] {
+        let output = process::output(
+            Command::new("dpkg").args(["--compare-versions", one, relation, other]),
+            "comparing package versions",
+        )?;
+        if output.status.success() {
+            return Ok(ordering);
+        }
+    }
+    Ok(Ordering::Less)
 }
 
 /// apt, with its package lists brought up to date at most once.
@@ -165,8 +252,62 @@ impl Apt {
         Ok(())
     }
 
+    /// The names of all packages that begin with a text.
+    pub(crate) fn names(source: Option<&Source>, prefix: &str) -> Result<Vec<String>> {
+        let mut command = Command::new("apt-cache");
+        if let Some(source) = source {
+            command.args(&source.options);
+        }
+        let text = process::capture(
+            command.args(["pkgnames", prefix]).env("LC_ALL", "C"),
+            "asking apt for the names of packages",
+        )?;
+        Ok(text.lines().map(str::to_owned).collect())
+    }
+
+    /// Those of these packages that can be had, with the versions that apt would take.
+    pub(crate) fn candidates(
+        source: Option<&Source>,
+        names: &[String],
+    ) -> Result<Vec<(String, String)>> {
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut command = Command::new("apt-cache");
+        if let Some(source) = source {
+            command.args(&source.options);
+        }
+        let text = process::capture(
+            command.arg("policy").args(names).env("LC_ALL", "C"),
+            "asking apt which versions of packages it offers",
+        )?;
+        let mut found = Vec::new();
+        let mut package = None;
+        for line in text.lines() {
+            if !line.starts_with(' ') {
+                package = line.strip_suffix(':').map(str::to_owned);
+            } else if let Some(version) = line.trim().strip_prefix("Candidate:")
+                && let Some(name) = package.take()
+                && version.trim() != "(none)"
+            {
+                found.push((name, version.trim().to_owned()));
+            }
+        }
+        Ok(found)
+    }
+
     /// Fetches packages into the folder without installing them, and returns the files.
     pub(crate) fn download(&mut self, packages: &[String], folder: &Path) -> Result<Vec<PathBuf>> {
+        self.download_from(None, packages, folder)
+    }
+
+    /// The same from another source than the machine's own.
+    pub(crate) fn download_from(
+        &mut self,
+        source: Option<&Source>,
+        packages: &[String],
+        folder: &Path,
+    ) -> Result<Vec<PathBuf>> {
         let what = packages.join(" ");
         let purpose = format!("fetching the packages {what}");
         if !self.available {
@@ -175,6 +316,9 @@ impl Apt {
         let before = debs(folder)?;
         loop {
             let mut command = Command::new("apt-get");
+            if let Some(source) = source {
+                command.args(&source.options);
+            }
             command
                 // A root that drops its privileges could not write into the caller's cache folder.
                 .args(["download", "-q", "-o", "APT::Sandbox::User=root"])

@@ -3,14 +3,17 @@
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::build::{self, Built, Profile};
 use crate::ebpf;
+use crate::kernels::Line;
 use crate::privilege::Privilege;
 use crate::process;
 use crate::setup::{Need, Setup};
+use crate::vm;
 
 /// Variables that are passed through to programs that run as root, where they are set.
 const PASSED_THROUGH: [&str; 6] = [
@@ -70,6 +73,21 @@ pub(crate) fn demo(arguments: &[OsString]) -> Result<ExitCode> {
         arguments,
         "cutting traffic in network namespaces",
     )
+}
+
+/// `cargo xtask vm run` and `cargo xtask vm shell`.
+pub(crate) fn machine(
+    line: &Line,
+    memory: u32,
+    deadline: Duration,
+    command: &[OsString],
+) -> Result<ExitCode> {
+    let (setup, built) = prepare(
+        &[Need::Ebpf, Need::Services, Need::Tools, Need::Machine],
+        Profile::Dev,
+    )?;
+    let code = vm::run(&setup, &built, line, memory, deadline, command)?;
+    Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// Does the set-up and builds everything.

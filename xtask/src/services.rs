@@ -28,7 +28,7 @@ const PACKAGES: [&str; 5] = [
 ];
 
 /// The programs that must work afterwards, below the folder.
-const PROGRAMS: [&str; 5] = [
+pub(crate) const PROGRAMS: [&str; 5] = [
     "usr/bin/etcd",
     "usr/bin/etcdctl",
     "usr/bin/redis-server",

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::cache::Cache;
 use crate::ebpf::Toolchain;
+use crate::kernels;
 use crate::linker;
 use crate::packages::{Apt, Wanted};
 use crate::process;
@@ -16,8 +17,9 @@ use crate::workspace;
 
 /// Programs that tests call, and the packages that carry them. None of the packages starts
 /// anything when it is installed.
-const TOOLS: [(&str, &str); 8] = [
+pub(crate) const TOOLS: [(&str, &str); 9] = [
     ("ip", "iproute2"),
+    ("tc", "iproute2"),
     ("ss", "iproute2"),
     ("nstat", "iproute2"),
     ("ping", "iputils-ping"),
@@ -38,7 +40,15 @@ pub(crate) enum Need {
     Services,
     /// Network tools that tests call.
     Tools,
+    /// What runs virtual machines.
+    Machine,
 }
+
+/// Programs for virtual machines, and their packages: what runs them, and what unpacks kernel modules.
+const MACHINE: [(&str, &str); 2] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("xz", "xz-utils"),
+];
 
 /// What the set-up found or made.
 #[derive(Debug, Default)]
@@ -66,6 +76,13 @@ impl Setup {
             tools(&mut apt)?;
             setup.tools = true;
         }
+        if needs.contains(&Need::Machine) {
+            install(
+                &mut apt,
+                &MACHINE,
+                "tests run on several kernels, in virtual machines",
+            )?;
+        }
         if needs.contains(&Need::Services) {
             setup.services = Some(services::ensure(&cache, &mut apt)?);
         }
@@ -77,6 +94,11 @@ impl Setup {
         self.ebpf
             .as_ref()
             .context("this verb has not asked for the eBPF toolchain; that is a mistake in xtask")
+    }
+
+    /// The newest kernel of a line, unpacked.
+    pub(crate) fn kernel(line: &kernels::Line) -> Result<kernels::Kernel> {
+        kernels::ensure(&Cache::open()?, &mut Apt::new(), line)
     }
 
     /// The services, where this verb has asked for them.
@@ -175,15 +197,20 @@ fn clippy(apt: &mut Apt, toolchain: &Toolchain) -> Result<()> {
 
 /// Installs the network tools that are missing.
 fn tools(apt: &mut Apt) -> Result<()> {
-    let missing: Vec<(&str, &str)> = TOOLS
-        .into_iter()
+    install(apt, &TOOLS, "tests call them")
+}
+
+/// Installs the packages of those programs that are missing.
+fn install(apt: &mut Apt, programs: &[(&str, &str)], why: &str) -> Result<()> {
+    let missing: Vec<&(&str, &str)> = programs
+        .iter()
         .filter(|(program, _)| process::find_program(program).is_none())
         .collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let programs: Vec<&str> = missing.iter().map(|(program, _)| *program).collect();
-    let why = format!("tests call {}", programs.join(", "));
+    let names: Vec<&str> = missing.iter().map(|(program, _)| *program).collect();
+    let why = format!("{} missing; {why}", names.join(", "));
     let packages: BTreeSet<&str> = missing.iter().map(|(_, package)| *package).collect();
     let wanted: Vec<Wanted> = packages
         .into_iter()

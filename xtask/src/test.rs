@@ -4,7 +4,7 @@ use std::env;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,14 @@ use clap::ValueEnum;
 use crate::artifacts::Executable;
 use crate::build::{self, Built};
 use crate::ebpf;
+use crate::kernels::Line;
 use crate::lint;
 use crate::outcome::{self, Outcome, Reader, Skip};
 use crate::privilege::Privilege;
 use crate::process;
 use crate::run;
 use crate::setup::{Need, Setup};
+use crate::vm::{self, Machine};
 use crate::workspace;
 
 /// The package whose integration tests run as root.
@@ -39,11 +41,13 @@ pub(crate) enum Tier {
     Program,
     /// Real services in network namespaces, as root
     Lab,
+    /// The same on Debian's kernels, and everything that needs a lane, in virtual machines
+    Vm,
 }
 
 impl Tier {
     /// All tiers, in the order in which they run.
-    const ALL: [Self; 4] = [Self::Unit, Self::Lint, Self::Program, Self::Lab];
+    const ALL: [Self; 5] = [Self::Unit, Self::Lint, Self::Program, Self::Lab, Self::Vm];
 
     /// The tier's name; for privileged tiers also that of their test program.
     const fn name(self) -> &'static str {
@@ -52,6 +56,7 @@ impl Tier {
             Self::Lint => "lint",
             Self::Program => "program",
             Self::Lab => "lab",
+            Self::Vm => "vm",
         }
     }
 }
@@ -65,6 +70,10 @@ pub(crate) struct Options {
     pub(crate) tiers: Vec<Tier>,
     /// Only tests with this in their names.
     pub(crate) filter: Option<String>,
+    /// Kernels of the tier of virtual machines; the usual ones where empty.
+    pub(crate) kernels: Vec<Line>,
+    /// The only program of that tier.
+    pub(crate) program: Option<String>,
 }
 
 impl Options {
@@ -110,8 +119,11 @@ fn tiers(options: &Options, total: &mut Outcome, times: &mut Vec<Row>) -> Result
     if tiers.contains(&Tier::Lint) {
         needs.push(Need::Lints);
     }
-    if tiers.contains(&Tier::Lab) {
+    if tiers.contains(&Tier::Lab) || tiers.contains(&Tier::Vm) {
         needs.extend([Need::Services, Need::Tools]);
+    }
+    if tiers.contains(&Tier::Vm) {
+        needs.push(Need::Machine);
     }
     let started = Instant::now();
     let setup = Setup::ensure(&needs)?;
@@ -128,6 +140,7 @@ fn tiers(options: &Options, total: &mut Outcome, times: &mut Vec<Row>) -> Result
         let outcome = match tier {
             Tier::Unit => unit(&built, options),
             Tier::Lint => lint::run(&setup),
+            Tier::Vm => Ok(machines(&setup, &built, options)),
             Tier::Program | Tier::Lab => privileged(tier, &setup, &built, options),
         };
         let outcome = outcome.unwrap_or_else(|error| {
@@ -254,6 +267,130 @@ fn privileged(tier: Tier, setup: &Setup, built: &Built, options: &Options) -> Re
         .args(PLAIN)
         .args(&options.filter);
     watch(&mut command, name, Some(&skips))
+}
+
+/// What runs on which kernel. The proof is on the oldest and on the newest; in between it is enough to see that
+/// everything loads and works at all, unless everything is asked for.
+const ON_KERNELS: [(&str, &str, Option<&str>); 5] = [
+    ("6.1", "lane", None),
+    ("6.1", "program", Some("kernel")),
+    ("newest", "lane", None),
+    ("newest", "program", Some("kernel")),
+    ("6.12", "lane", Some("smoke")),
+];
+
+/// Lines of kernels for everything.
+const ALL_KERNELS: [&str; 4] = ["6.1", "6.12", "6.18", "newest"];
+
+/// Test programs that run in virtual machines.
+pub(crate) const IN_MACHINES: [&str; 3] = ["lane", "program", "lab"];
+
+/// How long one test program may take in emulation.
+const MACHINE_DEADLINE: Duration = Duration::from_mins(15);
+
+/// The tier of virtual machines. Failures of all kernels are collected.
+fn machines(setup: &Setup, built: &Built, options: &Options) -> Outcome {
+    let mut outcome = Outcome::default();
+    let mut plan: Vec<(String, &str, Option<&str>)> = Vec::new();
+    if options.full || !options.kernels.is_empty() {
+        let lines = if options.kernels.is_empty() {
+            ALL_KERNELS.map(str::to_owned).to_vec()
+        } else {
+            options.kernels.iter().map(Line::to_string).collect()
+        };
+        for line in lines {
+            let programs = IN_MACHINES
+                .iter()
+                .filter(|name| options.full || options.program.is_some() || **name != "lab");
+            plan.extend(programs.map(|name| (line.clone(), *name, None)));
+        }
+    } else {
+        plan.extend(ON_KERNELS.map(|(line, name, filter)| (line.to_owned(), name, filter)));
+    }
+    if let Some(program) = &options.program {
+        plan.retain(|(_, name, _)| name == program);
+    }
+    for (line, name, filter) in plan {
+        let title = format!("{name} on kernel {line}");
+        println!("\n{title}");
+        let started = Instant::now();
+        let filter = options.filter.as_deref().or(filter);
+        let one = in_machine(setup, built, &line, name, filter, options.full);
+        let one = one.unwrap_or_else(|error| {
+            println!("{title} ... FAILED: {error:#}");
+            Outcome::failure(format!("{title}: {error:#}"))
+        });
+        println!(
+            "{title}: {one} in {}",
+            outcome::seconds(started.elapsed()).trim()
+        );
+        outcome.add(one);
+    }
+    outcome
+}
+
+/// One test program on one kernel.
+fn in_machine(
+    setup: &Setup,
+    built: &Built,
+    line: &str,
+    name: &str,
+    filter: Option<&str>,
+    full: bool,
+) -> Result<Outcome> {
+    let line: Line = line.parse().map_err(anyhow::Error::msg)?;
+    let kernel = vm::kernel(&line)?;
+    println!("kernel {}", kernel.version);
+    let executable = built
+        .tests()
+        .find(|one| is_privileged(one) && one.name == name)
+        .with_context(|| {
+            format!("the package `{PRIVILEGED_PACKAGE}` has no test program `{name}`")
+        })?;
+    let skips = PathBuf::from("/run/skips.json");
+    let mut environment = vec![
+        ("INJECTOR_SKIPS", skips.clone().into_os_string()),
+        (
+            "CARGO_MANIFEST_DIR",
+            executable.package.clone().into_os_string(),
+        ),
+        // Emulated, a scenario takes a tenth of a second.
+        (
+            "INJECTOR_PROGRAM_SCENARIOS",
+            OsString::from(if full { "1000" } else { "80" }),
+        ),
+    ];
+    if full {
+        environment.push(("INJECTOR_FULL", OsString::from("1")));
+    }
+    let mut command = vec![executable.path.clone().into_os_string()];
+    command.extend(PLAIN.map(OsString::from));
+    command.extend(filter.map(OsString::from));
+    let machine = Machine {
+        kernel: &kernel,
+        memory: vm::MEMORY,
+        deadline: MACHINE_DEADLINE,
+        command,
+        folder: executable.package.clone(),
+        environment,
+        back: Some(skips),
+        interactive: false,
+    };
+    let mut reader = Reader::default();
+    let ended = machine.run(setup, built, &[&executable.path], |line| {
+        println!("{line}");
+        reader.line(line);
+    })?;
+    let skips = match &ended.back {
+        None => Vec::new(),
+        Some(text) => serde_json::from_str(text).context("reading the reasons of skipped tests")?,
+    };
+    let program = format!("{name} on {}", kernel.version);
+    let mut outcome = reader.finish(&program, ended.code == Some(0), skips);
+    if let Some(trouble) = ended.trouble {
+        outcome.add(Outcome::failure(format!("{program}: {trouble}")));
+    }
+    Ok(outcome)
 }
 
 /// Runs a test program, shows its output while it comes, and reads the outcome from it.

@@ -1,0 +1,418 @@
+//! `cargo xtask vm`: Debian's kernels in virtual machines, with the same programs as on the host.
+//!
+//! A machine is qemu with a kernel and an initial RAM disk, nothing else: no disk, no network. Programs are
+//! under the paths that they have on the host, so that the same environment serves both.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::build::Built;
+use crate::image::Image;
+use crate::kernels::{Kernel, Line};
+use crate::process;
+use crate::run;
+use crate::setup::{Setup, TOOLS};
+use crate::workspace;
+
+/// Programs of the host that tests, or somebody at the console, call.
+const PROGRAMS: [&str; 36] = [
+    "awk", "basename", "bash", "cat", "chmod", "cp", "cut", "date", "dd", "dmesg", "env", "false",
+    "grep", "head", "id", "kill", "ls", "mkdir", "mount", "mv", "nsenter", "ps", "rm", "sed", "sh",
+    "sleep", "sort", "stat", "sysctl", "tail", "timeout", "touch", "tr", "true", "umount", "uname",
+];
+
+/// What the host's PATH may lack and programs are in all the same.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The memory of a machine in MiB, where nothing else is asked for.
+pub(crate) const MEMORY: u32 = 2048;
+
+/// So many of the last lines of a machine that hung are shown.
+const LAST_LINES: usize = 40;
+
+/// A machine to be started.
+#[derive(Debug)]
+pub(crate) struct Machine<'a> {
+    /// Its kernel.
+    pub(crate) kernel: &'a Kernel,
+    /// Its memory in MiB.
+    pub(crate) memory: u32,
+    /// When it is ended, whatever it does.
+    pub(crate) deadline: Duration,
+    /// The program to run and its arguments; programs of the host by their paths.
+    pub(crate) command: Vec<OsString>,
+    /// The working directory.
+    pub(crate) folder: PathBuf,
+    /// More environment than programs that run as root get.
+    pub(crate) environment: Vec<(&'static str, OsString)>,
+    /// A file that comes back afterwards.
+    pub(crate) back: Option<PathBuf>,
+    /// Whether the caller's terminal becomes the machine's console.
+    pub(crate) interactive: bool,
+}
+
+/// How a machine ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// The exit code of its command; `None` if it ended without a verdict.
+    pub(crate) code: Option<i32>,
+    /// Why there is none.
+    pub(crate) trouble: Option<String>,
+    /// What the file that was asked for holds.
+    pub(crate) back: Option<String>,
+}
+
+/// What the guest's first process says at its end.
+#[derive(Debug, Deserialize)]
+struct Verdict {
+    code: i32,
+    back: Option<String>,
+}
+
+/// What the guest's first process reads.
+#[derive(Serialize)]
+struct Task<'a> {
+    command: Vec<String>,
+    environment: BTreeMap<String, String>,
+    folder: &'a Path,
+    modules: Vec<(PathBuf, &'a str)>,
+    back: Option<&'a Path>,
+    interactive: bool,
+}
+
+impl Machine<'_> {
+    /// Boots, and hands every line of the console to `line`.
+    pub(crate) fn run(
+        &self,
+        setup: &Setup,
+        built: &Built,
+        programs: &[&Path],
+        mut line: impl FnMut(&str),
+    ) -> Result<Ended> {
+        let notes = workspace::notes();
+        fs::create_dir_all(&notes).with_context(|| format!("making {}", notes.display()))?;
+        sweep(&notes);
+        let disk = notes.join(format!("vm-{}.cpio", std::process::id()));
+        let back = notes.join(format!("vm-{}.back", std::process::id()));
+        let _cleaning = Cleaning([disk.clone(), back.clone()]);
+        self.image(setup, built, programs)?.write(&disk)?;
+        fs::write(&back, []).with_context(|| format!("making {}", back.display()))?;
+        let mut command = self.qemu(&disk, &back);
+        let shown = process::shown(&command);
+        let mut trouble = None;
+        if self.interactive {
+            process::status(command.stdin(Stdio::inherit()), "running a virtual machine")?;
+        } else {
+            let child = command
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .spawn()
+                .with_context(|| {
+                    format!("running a virtual machine: `{shown}` cannot be started")
+                })?;
+            trouble = self.watch(child, &mut line)?;
+        }
+        let text = fs::read(&back).with_context(|| format!("reading {}", back.display()))?;
+        let verdict: Option<Verdict> = serde_json::from_slice(&text).ok();
+        Ok(match (verdict, trouble) {
+            (Some(verdict), None) => Ended {
+                code: Some(verdict.code),
+                trouble: None,
+                back: verdict.back,
+            },
+            (verdict, trouble) => Ended {
+                code: None,
+                trouble: Some(trouble.unwrap_or_else(|| "it ended without a verdict".to_owned())),
+                back: verdict.and_then(|verdict| verdict.back),
+            },
+        })
+    }
+
+    /// Reads the console until the machine has ended or its time is up. Returns what went wrong.
+    fn watch(&self, mut child: Child, line: &mut impl FnMut(&str)) -> Result<Option<String>> {
+        let console = child.stdout.take().context("qemu has no console")?;
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(console).split(b'\n').map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        let began = Instant::now();
+        let mut last: Vec<String> = Vec::new();
+        let mut trouble = None;
+        loop {
+            let left = self.deadline.saturating_sub(began.elapsed());
+            match receiver.recv_timeout(left) {
+                Ok(bytes) => {
+                    let text = String::from_utf8_lossy(&bytes);
+                    let text = text.trim_end_matches('\r');
+                    if is_oops(text) && trouble.is_none() {
+                        trouble = Some(format!("the kernel complained: {}", text.trim()));
+                    }
+                    line(text);
+                    last.push(text.to_owned());
+                    if last.len() > LAST_LINES {
+                        last.remove(0);
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    child.kill().context("ending a virtual machine")?;
+                    trouble = Some(format!(
+                        "it did not end within {} s; its last lines:\n{}",
+                        self.deadline.as_secs(),
+                        last.join("\n")
+                    ));
+                    break;
+                }
+            }
+        }
+        let status = child.wait().context("waiting for a virtual machine")?;
+        // With its end the guest makes qemu leave with 1, as qemu does where it cannot start.
+        if trouble.is_none() && status.code() != Some(1) {
+            trouble = Some(format!(
+                "qemu ended with {status}; the last lines:\n{}",
+                last.join("\n")
+            ));
+        }
+        Ok(trouble)
+    }
+
+    fn qemu(&self, disk: &Path, back: &Path) -> Command {
+        // What a boot can do without costs seconds in emulation. There is no clock but the emulated one.
+        let options = "console=ttyS0 quiet panic=-1 nokaslr mitigations=off \
+                       initcall_blacklist=jent_mod_init,load_system_certificate_list cryptomgr.notests apparmor=0 \
+                       audit=0 no_timer_check tsc=reliable";
+        let mut command = Command::new("qemu-system-x86_64");
+        let mut serial = OsString::from("file:");
+        serial.push(back);
+        command
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-no-reboot",
+            ])
+            .args(["-m", &self.memory.to_string()])
+            .args([
+                "-machine",
+                "q35",
+                "-accel",
+                "tcg,thread=multi",
+                "-smp",
+                "2",
+                "-cpu",
+                "max",
+            ])
+            .arg("-kernel")
+            .arg(&self.kernel.image)
+            .arg("-initrd")
+            .arg(disk)
+            // In a shell Ctrl-C is for the guest.
+            .args(["-chardev", "stdio,id=console,signal=off"])
+            .args(["-serial", "chardev:console", "-serial"])
+            .arg(serial)
+            .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
+            .args(["-append", options]);
+        command
+    }
+
+    fn image(&self, setup: &Setup, built: &Built, programs: &[&Path]) -> Result<Image> {
+        let mut image = Image::new();
+        let mut environment = run::environment(setup, built)?;
+        environment.extend(self.environment.iter().cloned());
+        let libraries = setup
+            .services()
+            .map_or_else(OsString::new, crate::services::Services::libraries);
+        for name in PROGRAMS
+            .into_iter()
+            .chain(TOOLS.map(|(program, _)| program))
+        {
+            if let Some(path) = find(name) {
+                image.program(&path, &libraries)?;
+            }
+        }
+        if let Some(services) = setup.services() {
+            image.tree(&services.root)?;
+            for program in crate::services::PROGRAMS {
+                image.program(&services.root.join(program), &libraries)?;
+            }
+        }
+        for program in [built.binary("injector")?, built.binary("verify")?]
+            .into_iter()
+            .chain(programs.iter().copied())
+        {
+            image.program(program, OsStr::new(""))?;
+        }
+        let init = built.binary("guest")?;
+        image.program(init, OsStr::new(""))?;
+        image.link(Path::new("/init"), init);
+        image.file(
+            Path::new("/etc/passwd"),
+            b"root:x:0:0:root:/root:/bin/bash\n".to_vec(),
+            0o644,
+        );
+        image.file(
+            Path::new("/etc/hosts"),
+            b"127.0.0.1 localhost\n".to_vec(),
+            0o644,
+        );
+        let mut modules = Vec::new();
+        for (path, parameters) in &self.kernel.modules {
+            let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+            let name = Path::new("/modules").join(path.file_name().unwrap_or_default());
+            image.file(&name, bytes, 0o644);
+            modules.push((name, parameters.as_str()));
+        }
+        image.empty(&self.folder);
+        let text = |text: &OsStr| text.to_string_lossy().into_owned();
+        let mut environment: BTreeMap<String, String> = environment
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), text(value)))
+            .collect();
+        environment.insert("PATH".to_owned(), PATH.to_owned());
+        environment.insert("HOME".to_owned(), "/root".to_owned());
+        if self.interactive {
+            environment.insert(
+                "TERM".to_owned(),
+                std::env::var("TERM").unwrap_or_else(|_| "vt100".to_owned()),
+            );
+        }
+        let task = Task {
+            command: self.command.iter().map(|word| text(word)).collect(),
+            environment,
+            folder: &self.folder,
+            modules,
+            back: self.back.as_deref(),
+            interactive: self.interactive,
+        };
+        let task = serde_json::to_vec(&task).context("describing what the machine does")?;
+        image.file(Path::new("/command.json"), task, 0o644);
+        Ok(image)
+    }
+}
+
+/// Removes the files of machines whose xtask was killed.
+fn sweep(notes: &Path) {
+    for entry in fs::read_dir(notes).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix("vm-"))
+            .and_then(|rest| rest.split('.').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // What cannot be removed is tried again the next time.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Files that are removed when this is dropped.
+struct Cleaning([PathBuf; 2]);
+
+impl Drop for Cleaning {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            // What cannot be removed is overwritten the next time.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Whether a line of the console says that the kernel is in trouble.
+fn is_oops(line: &str) -> bool {
+    [
+        "Kernel panic",
+        "BUG: ",
+        "Oops: ",
+        "general protection fault",
+        "WARNING: ",
+    ]
+    .iter()
+    .any(|words| line.contains(words))
+}
+
+/// A program in PATH, or where root's programs are.
+fn find(name: &str) -> Option<PathBuf> {
+    process::find_program(name).or_else(|| {
+        ["/usr/sbin", "/sbin"]
+            .iter()
+            .map(|folder| Path::new(folder).join(name))
+            .find(|path| path.exists())
+    })
+}
+
+/// The kernel of a line, unpacked.
+pub(crate) fn kernel(line: &Line) -> Result<Kernel> {
+    Setup::kernel(line).with_context(|| format!("getting kernel {line}"))
+}
+
+/// Runs a command on a kernel and returns its exit code.
+pub(crate) fn run(
+    setup: &Setup,
+    built: &Built,
+    line: &Line,
+    memory: u32,
+    deadline: Duration,
+    command: &[OsString],
+) -> Result<i32> {
+    let kernel = kernel(line)?;
+    let interactive = command.is_empty();
+    // Our own programs by their names, everything else by the guest's PATH.
+    let command = match command.split_first() {
+        None => vec![OsString::from("/bin/bash"), OsString::from("-i")],
+        Some((first, rest)) => {
+            let first = match first.to_str().map(|name| built.binary(name)) {
+                Some(Ok(path)) => path.as_os_str().to_owned(),
+                _ => first.clone(),
+            };
+            let mut all = vec![first];
+            all.extend_from_slice(rest);
+            all
+        }
+    };
+    let machine = Machine {
+        kernel: &kernel,
+        memory,
+        deadline,
+        command,
+        folder: PathBuf::from("/root"),
+        environment: vec![],
+        back: None,
+        interactive,
+    };
+    eprintln!("kernel {} ({})", kernel.line, kernel.version);
+    let ended = machine.run(setup, built, &[], |line| println!("{line}"))?;
+    match ended.code {
+        Some(code) => Ok(code),
+        None => bail!(
+            "the machine with kernel {}: {}",
+            kernel.version,
+            ended.trouble.unwrap_or_default()
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trouble_is_seen() {
+        assert!(is_oops("[    3.2] Kernel panic - not syncing: x"));
+        assert!(!is_oops("test lane::delay ... ok"));
+    }
+}
