@@ -14,11 +14,12 @@ use crate::{
     fate::{self, Phase},
     layout::{
         BITMAP_EMPTY, BITMAP_UNPROTECTED, BITMAP_WORDS, Bitmap, Class, Config, Connection,
-        EXEMPT_WORDS, FlowEntry, FlowKey, FragmentKey, MAX_CANDIDATES, MAX_EXEMPTIONS, MAX_RULES,
-        MAX_SLOTS, NO_PORT, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry,
-        StateKey, Target, TargetCounters, Upper, family, fault, hook, identity, kind, role,
-        rule_flag, state_site, upper_has,
+        Distribution, EXEMPT_WORDS, FlowEntry, FlowKey, FragmentKey, Held, MAX_CANDIDATES,
+        MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS, NO_PORT, PORT_CLASSES, PROTOCOL_CLASSES, Prefix,
+        RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper, family,
+        fault, hook, identity, kind, needs, role, rule_flag, state_site, upper_has,
     },
+    line::Line,
     packet::{Fragment, Packet, Parsed, Unparsed, parse},
     segments::{Matched, Meta, Segments, matching},
 };
@@ -30,6 +31,8 @@ pub enum Verdict {
     Pass,
     /// It vanishes, and its sender is told nothing.
     Cut,
+    /// It goes through the target's lane, where its wire packets are decided one by one.
+    Lane,
 }
 
 /// What one pass over a packet came to. The kernel program makes each pass a run of its own (by tail calls):
@@ -45,6 +48,8 @@ pub enum Outcome {
     /// It leaves through a loopback device and would go on; what is to happen to it on arrival has to be
     /// decided now too. It would come in again without its route (an IPv4 martian).
     Arrives,
+    /// It goes through the target's lane. [`Work::enter`] says by which way.
+    Lane,
 }
 
 /// A state after some packets were added to it.
@@ -97,6 +102,28 @@ pub trait Tables {
     fn fragment(&self, key: &FragmentKey) -> Option<Upper>;
     /// Remembers a first fragment.
     fn set_fragment(&self, key: &FragmentKey, upper: &Upper);
+    /// What a rule does in a lane, by copy and slot.
+    fn shape(&self, index: u32) -> Option<*const Shape>;
+    /// A table of quantiles.
+    fn distribution(&self, index: u32) -> Option<*const Distribution>;
+    /// A state, made if it is not there, and whether it was; `None` if there is no room.
+    fn remember(&self, key: &StateKey, now_ns: u64) -> Option<(*mut State, bool)>;
+    /// What is held of a flow.
+    fn held(&self, flow: &FlowKey) -> Option<*mut Held>;
+    /// What is held of a flow, made if it is not there; `None` if there is no room.
+    fn hold(&self, flow: &FlowKey) -> Option<*mut Held>;
+    /// Stores `new` at a word of a table if it holds `old`; what it held.
+    ///
+    /// # Safety
+    ///
+    /// The pointer is valid and aligned.
+    unsafe fn exchange(&self, word: *mut u64, old: u64, new: u64) -> u64;
+    /// Adds one to a word of a table; what it held.
+    ///
+    /// # Safety
+    ///
+    /// The pointer is valid and aligned.
+    unsafe fn increment(&self, word: *mut u64, by: u64) -> u64;
     /// Counters of a rule, by slot and direction.
     fn rule_counters(&self, index: u32) -> Option<*mut RuleCounters>;
     /// Counters of a target, by slot and direction.
@@ -125,6 +152,8 @@ macro_rules! read_once {
     };
 }
 
+pub(crate) use read_once;
+
 /// Words of a bitmap that belong to rules.
 const RULE_WORDS: usize = BITMAP_WORDS - EXEMPT_WORDS;
 
@@ -148,6 +177,8 @@ pub struct Work {
     pub key: FlowKey,
     /// The state that a rule keeps of it.
     pub state: StateKey,
+    /// The same, while `state` is about something else.
+    pub kept: StateKey,
     /// What classification found.
     pub found: FlowEntry,
     /// The clock, read once.
@@ -170,6 +201,12 @@ pub struct Work {
     pub orphans: u32,
     /// Whether it matched a rule that a lapsed lease kept from acting.
     pub idle_lease: u32,
+    /// Whether its target has a lane.
+    pub lane: u32,
+    /// [`needs`] of the rules that act on it, where it goes through the lane.
+    pub enter: u32,
+    /// What becomes of it in the lane.
+    pub line: Line,
 }
 
 /// Decides about a packet, and counts.
@@ -179,6 +216,7 @@ pub fn decide<P: Packet, T: Tables>(packet: &mut P, meta: Meta, tables: &T) -> V
         match pass(packet, meta, tables) {
             Outcome::Pass => return Verdict::Pass,
             Outcome::Cut => return Verdict::Cut,
+            Outcome::Lane => return Verdict::Lane,
             Outcome::Again => {}
             Outcome::Arrives => meta.hook = hook::INGRESS,
         }
@@ -201,13 +239,14 @@ pub fn pass<P: Packet, T: Tables>(packet: &mut P, meta: Meta, tables: &T) -> Out
     let copy = (epoch & 1) as u32;
     let direction = meta.hook & 1;
     // SAFETY: valid by `Tables`; user space changes only the copy that is not in force.
-    let (bitmap, track, l2_length, loopback) = unsafe {
+    let (bitmap, track, l2_length, loopback, lane) = unsafe {
         let target = &*target;
         (
             target.bitmap[copy as usize & 1][direction as usize & 1],
             target.track[copy as usize & 1],
             target.l2_length,
             target.loopback,
+            target.line,
         )
     };
     let index = u32::from(meta.target) * 2 + direction;
@@ -216,7 +255,7 @@ pub fn pass<P: Packet, T: Tables>(packet: &mut P, meta: Meta, tables: &T) -> Out
     };
     // SAFETY: valid by `Tables`, and the caller's alone.
     let counters = unsafe { &mut *counters };
-    if bitmap == BITMAP_EMPTY && track == 0 {
+    if bitmap == BITMAP_EMPTY && track == 0 && lane == 0 {
         let packets = if meta.gso_segs > 1 {
             u64::from(meta.gso_segs)
         } else {
@@ -235,6 +274,8 @@ pub fn pass<P: Packet, T: Tables>(packet: &mut P, meta: Meta, tables: &T) -> Out
         work.epoch = epoch;
         work.copy = copy;
         work.bitmap = bitmap;
+        work.lane = lane;
+        work.enter = 0;
         let outcome = decide_direction(packet, tables, work, config, l2_length, track, counters);
         if outcome != Outcome::Pass {
             return outcome;
@@ -291,7 +332,8 @@ fn decide_direction<P: Packet, T: Tables>(
         track_connection(tables, work);
     }
     work.key.site = site | how;
-    if work.bitmap != BITMAP_EMPTY && tables.idle(&work.key) != Some(work.epoch) {
+    if (work.bitmap != BITMAP_EMPTY || work.lane != 0) && tables.idle(&work.key) != Some(work.epoch)
+    {
         verdict = decide_flow(tables, work, config);
     }
     counters.orphan_fragments += u64::from(work.orphans);
@@ -299,6 +341,10 @@ fn decide_direction<P: Packet, T: Tables>(
     if verdict == Ok(Verdict::Cut) {
         counters.cut_packets += packets;
         return Outcome::Cut;
+    }
+    if verdict == Ok(Verdict::Lane) {
+        // Whether it passes or is cut is counted in the lane, packet by packet.
+        return Outcome::Lane;
     }
     counters.passed_packets += packets;
     counters.surplus_rules += u64::from(work.found.surplus);
@@ -316,13 +362,9 @@ type SlotWords = [u64; MAX_CANDIDATES / 4];
 
 const _: () = assert!(core::mem::offset_of!(FlowEntry, slots).is_multiple_of(8));
 
-/// Decides about a packet whose flow is not known to meet no rule.
+/// Finds the rules of a packet's flow: `work.found`. Flows that are new are kept, if they meet any.
 #[inline(always)]
-fn decide_flow<T: Tables>(
-    tables: &T,
-    work: &mut Work,
-    config: *const Config,
-) -> Result<Verdict, Missing> {
+pub(crate) fn candidates<T: Tables>(tables: &T, work: &mut Work) -> Result<(), Missing> {
     let tag = work.key.tag();
     let known = match tables.flow(&work.key) {
         Some(entry) if read_once!(entry, epoch) == work.epoch => {
@@ -339,6 +381,7 @@ fn decide_flow<T: Tables>(
                     *(&raw const (*entry).slots).cast::<SlotWords>();
             }
             work.found.count = read_once!(entry, count);
+            work.found.needs = read_once!(entry, needs);
             // What was copied is this flow's only if it still was afterwards.
             read_once!(entry, tag) == tag && read_once!(entry, epoch) == work.epoch
         }
@@ -349,8 +392,7 @@ fn decide_flow<T: Tables>(
             return Err(Missing);
         }
         if work.found.count == 0 {
-            tables.set_idle(&work.key, work.epoch);
-            return Ok(Verdict::Pass);
+            return Ok(());
         }
         work.now_ns = tables.now_ns();
         work.found.last_ns = work.now_ns;
@@ -359,9 +401,42 @@ fn decide_flow<T: Tables>(
             work.full += 1;
         }
     }
+    Ok(())
+}
+
+/// Decides about a packet whose flow is not known to meet no rule.
+#[inline(always)]
+fn decide_flow<T: Tables>(
+    tables: &T,
+    work: &mut Work,
+    config: *const Config,
+) -> Result<Verdict, Missing> {
+    candidates(tables, work)?;
+    if work.found.count == 0 {
+        if work.lane != 0 && is_held(tables, work) {
+            work.enter = needs::LANE;
+            return Ok(Verdict::Lane);
+        }
+        tables.set_idle(&work.key, work.epoch);
+        return Ok(Verdict::Pass);
+    }
     work.lapsed = u32::from(work.now_ns >= read_once!(config, lease_until_ns));
-    work.hits = 0;
     work.missing = 0;
+    if work.lane != 0 && work.found.needs != 0 {
+        if work.lapsed == 0 {
+            tables.repeat::<Entering>(work.found.count, work);
+            if work.missing != 0 {
+                return Err(Missing);
+            }
+        }
+        if work.enter == 0 && work.found.needs & needs::LANE != 0 && is_held(tables, work) {
+            work.enter = needs::LANE;
+        }
+        if work.enter != 0 {
+            return Ok(Verdict::Lane);
+        }
+    }
+    work.hits = 0;
     tables.repeat::<Candidate>(work.found.count, work);
     if work.missing != 0 {
         return Err(Missing);
@@ -371,6 +446,43 @@ fn decide_flow<T: Tables>(
     } else {
         Verdict::Pass
     })
+}
+
+/// Whether earlier packets of the flow are still in the lane, and in order: then this one goes there too, lest
+/// it overtakes them.
+#[inline(always)]
+fn is_held<T: Tables>(tables: &T, work: &mut Work) -> bool {
+    match tables.held(&work.key) {
+        Some(held) => read_once!(held, until_ns) > tables.now_ns(),
+        None => false,
+    }
+}
+
+/// Whether a rule sends a packet through the lane, one rule a round.
+struct Entering;
+
+impl Step for Entering {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
+        // A mask, which the verifier understands; there are no more rounds than candidates.
+        let index = index as usize & (MAX_CANDIDATES - 1);
+        let slot = u32::from(work.found.slots[index]);
+        let Some(rule) = tables.rule(work.copy * MAX_SLOTS + slot) else {
+            work.missing = 1;
+            return false;
+        };
+        // SAFETY: valid by `Tables`; rules of the copy in force are not written.
+        let rule = unsafe { &*rule };
+        let asks = rule.needs & needs::LANE != 0
+            || rule.needs & needs::WIRE != 0 && work.segments.count > 1;
+        if asks
+            && matched(rule, work).packets != 0
+            && fate::phase(rule, work.now_ns) == Phase::Acting
+        {
+            work.enter |= rule.needs;
+        }
+        true
+    }
 }
 
 /// The rules that a flow meets, one a round.
@@ -398,55 +510,69 @@ impl Step for Candidate {
     }
 }
 
-/// One rule's decision about a packet whose flow it is for: how many of its wire packets it hits.
+/// All wire packets of an skb.
 #[inline(always)]
-fn judge<T: Tables>(
-    tables: &T,
+pub(crate) fn every(segments: &Segments) -> Matched {
+    Matched {
+        packets: segments.count,
+        bytes: u64::from(segments.full_length) * u64::from(segments.count - 1)
+            + u64::from(segments.last_length),
+    }
+}
+
+/// The wire packets of an skb that a rule matches, its flow being one of the rule's.
+#[inline(always)]
+pub(crate) fn matched(rule: &RuleEntry, work: &Work) -> Matched {
+    if rule.flags & rule_flag::PER_PACKET == 0 {
+        return every(&work.segments);
+    }
+    let new = work.connection != 0 && work.connection >= rule.activated_ns;
+    if rule.flags & rule_flag::STATE_NEW != 0 && !new
+        || rule.flags & rule_flag::STATE_ESTABLISHED != 0 && new
+    {
+        return Matched::default();
+    }
+    matching(rule, &work.parsed, &work.segments, work.meta.mark)
+}
+
+/// Whether a rule acts now. Packets that match it while it should and does not are counted.
+#[inline(always)]
+pub(crate) fn acts(
     rule: &RuleEntry,
     work: &mut Work,
     counters: &mut RuleCounters,
-) -> u64 {
-    let segments = &work.segments;
-    let all = u64::from(segments.count);
-    let all_bytes = u64::from(segments.full_length) * (all - 1) + u64::from(segments.last_length);
-    let mut matched = Matched {
-        packets: segments.count,
-        bytes: all_bytes,
-    };
-    if rule.flags & rule_flag::PER_PACKET != 0 {
-        let new = work.connection != 0 && work.connection >= rule.activated_ns;
-        if rule.flags & rule_flag::STATE_NEW != 0 && !new
-            || rule.flags & rule_flag::STATE_ESTABLISHED != 0 && new
-        {
-            return 0;
-        }
-        matched = matching(rule, &work.parsed, segments, work.meta.mark);
-        if matched.packets == 0 {
-            return 0;
-        }
-    }
-    let packets = u64::from(matched.packets);
+    packets: u64,
+) -> bool {
     let phase = fate::phase(rule, work.now_ns);
     if phase == Phase::Over {
-        return 0;
+        return false;
     }
     if work.lapsed != 0 {
         counters.lapsed_packets += packets;
         work.idle_lease = 1;
-        return 0;
+        return false;
     }
     if phase == Phase::Off {
         counters.off_packets += packets;
-        return 0;
+        return false;
     }
-    let frame = u64::from(work.parsed.network_offset);
+    true
+}
+
+/// Counts packets that match a rule that acts.
+#[inline(always)]
+pub(crate) fn count_matched(work: &Work, counters: &mut RuleCounters, packets: u64, bytes: u64) {
     counters.matched_packets += packets;
-    counters.matched_bytes += matched.bytes + packets * frame;
+    counters.matched_bytes += bytes;
     if counters.first_ns == 0 {
         counters.first_ns = work.now_ns;
     }
     counters.last_ns = work.now_ns;
+}
 
+/// Says which state a rule keeps of the packet: `work.state`.
+#[inline(always)]
+pub(crate) fn identify(rule: &RuleEntry, work: &mut Work) {
     work.state = StateKey {
         flow: work.key,
         activation: rule.activation,
@@ -460,6 +586,29 @@ fn judge<T: Tables>(
     } else {
         state_site::INGRESS
     };
+}
+
+/// One rule's decision about a packet whose flow it is for: how many of its wire packets it hits.
+#[inline(always)]
+fn judge<T: Tables>(
+    tables: &T,
+    rule: &RuleEntry,
+    work: &mut Work,
+    counters: &mut RuleCounters,
+) -> u64 {
+    let matched = matched(rule, work);
+    if matched.packets == 0 {
+        return 0;
+    }
+    let all = u64::from(work.segments.count);
+    let all_bytes = every(&work.segments).bytes;
+    let packets = u64::from(matched.packets);
+    if !acts(rule, work, counters, packets) {
+        return 0;
+    }
+    let frame = u64::from(work.parsed.network_offset);
+    count_matched(work, counters, packets, matched.bytes + packets * frame);
+    identify(rule, work);
     let mut advanced = tables.advance(&work.state, packets, work.now_ns);
     if let Some(Advanced { created: true, .. }) = advanced {
         counters.flows += 1;
@@ -489,7 +638,7 @@ fn judge<T: Tables>(
 
 /// Gives a fragment what its first one had, or remembers it for those that follow.
 #[inline(always)]
-fn follow_fragment<T: Tables>(tables: &T, work: &mut Work, site: u16) {
+pub(crate) fn follow_fragment<T: Tables>(tables: &T, work: &mut Work, site: u16) {
     let parsed = &mut work.parsed;
     let key = FragmentKey {
         source: parsed.source,
@@ -553,6 +702,7 @@ fn find_candidates<T: Tables>(tables: &T, work: &mut Work) -> Option<()> {
     work.found.epoch = work.epoch;
     work.found.count = 0;
     work.found.surplus = 0;
+    work.found.needs = 0;
     let copy = work.copy;
     let direction = work.meta.hook & 1;
     let upper = &work.parsed.upper;
@@ -666,6 +816,7 @@ fn add_candidate<T: Tables>(tables: &T, work: &mut Work, slot: u32) -> Option<()
     if count < MAX_CANDIDATES {
         work.found.slots[count] = slot as u16;
         work.found.count = count as u32 + 1;
+        work.found.needs |= rule.needs;
     } else {
         work.found.surplus = 1;
     }
@@ -707,7 +858,7 @@ fn in_share<T: Tables>(tables: &T, rule: &RuleEntry, work: &mut Work) -> u64 {
 /// The number, from 1, of a flow among those to its service, in order of first sight under the rule of
 /// `work.state`. 0 where there is no room to keep it.
 #[inline(always)]
-fn ordinal<T: Tables>(tables: &T, work: &mut Work) -> u64 {
+pub(crate) fn ordinal<T: Tables>(tables: &T, work: &mut Work) -> u64 {
     work.state.flow.site = state_site::ORDINAL;
     if let Some(number) = tables.state(&work.state) {
         return number;

@@ -88,6 +88,14 @@ pub struct Target {
     pub bitmap: [[u32; 2]; 2],
     /// By copy: whether connections are tracked, because a rule selects on their state.
     pub track: [u32; 2],
+    /// Its interface index, to which a lane returns packets.
+    pub ifindex: u32,
+    /// Interface index of its lane's segmenter; 0 while there is no lane.
+    pub segmenter: u32,
+    /// Interface index of its lane's line; 0 while there is no lane.
+    pub line: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// A set of rules and exemptions, one bit a slot.
@@ -238,8 +246,61 @@ pub struct FlowEntry {
     pub count: u32,
     /// Whether more rules matched than fit.
     pub surplus: u32,
+    /// [`needs`] of the rules in `slots`, together.
+    pub needs: u32,
+    /// Zero.
+    pub reserved: u32,
     /// Slots of the rules whose conditions on the flow hold, in ascending order.
     pub slots: [u16; MAX_CANDIDATES],
+}
+
+/// What rules need beyond the target's hook; bits of [`RuleEntry::needs`] and [`FlowEntry::needs`].
+pub mod needs {
+    /// Packets go through a lane.
+    pub const LANE: u32 = 1;
+    /// Wire packets are decided one by one, so super-packets go through the lane's segmenter.
+    pub const WIRE: u32 = 1 << 1;
+}
+
+/// What a packet that goes through a lane carries in `tc_index` from its target's hook to the lane's exit, and
+/// back to that hook, which lets it pass.
+pub mod lane_mark {
+    use super::{MAX_TARGETS, hook};
+
+    /// Set in every mark.
+    pub const SET: u16 = 1 << 15;
+    const DIRECTION: u16 = 1 << 12;
+    const SLOT: u16 = DIRECTION - 1;
+
+    const _: () = assert!(SLOT + 1 == MAX_TARGETS);
+
+    /// The mark of packets of a target and direction.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(target: u16, hook: u32) -> u16 {
+        let direction = if hook == hook::INGRESS { DIRECTION } else { 0 };
+        SET | direction | target & SLOT
+    }
+
+    /// The target and the direction of a marked packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn read(mark: u16) -> (u16, u32) {
+        let hook = if mark & DIRECTION != 0 {
+            hook::INGRESS
+        } else {
+            hook::EGRESS
+        };
+        (mark & SLOT, hook)
+    }
+}
+
+/// VLAN identifiers by which a lane's carrier knows where a packet comes from.
+pub mod lane_vlan {
+    /// The segmenter: on to the line.
+    pub const SEGMENTER: u16 = 1;
+    /// The line: back to the target.
+    pub const LINE: u16 = 2;
 }
 
 /// Key of the state that a rule keeps of a flow.
@@ -266,16 +327,30 @@ pub mod state_site {
     pub const SERVICE: u16 = 3;
     /// The rule as a whole.
     pub const RULE: u16 = 4;
+    /// The line of a rule with a rate, for packets leaving; one more for those arriving. The number is when it is
+    /// free, `CLOCK_MONOTONIC` in nanoseconds.
+    pub const LINE: u16 = 5;
 }
 
 /// State of a flow under a rule.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct State {
-    /// How many wire packets matched so far (or the ordinal, or the number of ordinals given out).
+    /// How many wire packets matched so far (or the ordinal, or the number of ordinals given out). Under a rule
+    /// whose faults remember more than that: a [`crate::shape::Memory`].
     pub n: u64,
     /// When it was last used, `CLOCK_MONOTONIC` in nanoseconds.
     pub last_ns: u64,
+    /// [`crate::shape::stream`] of the flow under the rule; 0 while nobody has asked for it.
+    pub stream: u64,
+}
+
+/// What is held of a flow at a site, in a lane.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Held {
+    /// When the last packet whose order is kept leaves, `CLOCK_MONOTONIC` in nanoseconds.
+    pub until_ns: u64,
 }
 
 /// A tracked connection; key is a [`FlowKey`] with `site` twice the target's slot.
@@ -387,7 +462,132 @@ pub mod fault {
     pub const PATTERN_ONCE: u32 = 5;
     /// The first packet of the whole rule.
     pub const ONCE: u32 = 6;
+    /// None of these.
+    pub const NONE: u32 = 7;
 }
+
+/// Bits of [`Shape::stages`]: what a rule does to packets in a lane.
+pub mod stage {
+    /// Random loss.
+    pub const LOSS: u32 = 1;
+    /// Duplication.
+    pub const DUPLICATE: u32 = 1 << 1;
+    /// Delay, with or without jitter.
+    pub const DELAY: u32 = 1 << 2;
+    /// Holding some packets back.
+    pub const REORDER: u32 = 1 << 3;
+    /// A line of limited rate with a queue in front.
+    pub const RATE: u32 = 1 << 4;
+    /// Holding everything for a while.
+    pub const STALL: u32 = 1 << 5;
+    /// Losing what is too long.
+    pub const MTU: u32 = 1 << 6;
+}
+
+/// Values of [`Shape::rate_share`]: which packets share a line.
+pub mod rate_share {
+    /// All of the rule.
+    pub const RULE: u32 = 0;
+    /// Those of a flow.
+    pub const FLOW: u32 = 1;
+    /// Those of a peer.
+    pub const PEER: u32 = 2;
+}
+
+/// Bits behind the binary point of [`Shape::byte_time`].
+pub const BYTE_TIME_SCALE: u32 = 20;
+
+/// Values of [`Shape::loss_model`].
+pub mod loss_model {
+    /// Each packet for itself, with probability `loss[0]`.
+    pub const BERNOULLI: u32 = 0;
+    /// Gilbert-Elliott: `loss` is p, r, 1-h, 1-k.
+    pub const GILBERT_ELLIOTT: u32 = 1;
+    /// Four states: `loss` is p13, p31, p32, p23, p14.
+    pub const FOUR_STATES: u32 = 2;
+}
+
+/// Values of [`Shape::distribution`] that are no number of a table.
+pub mod distribution {
+    /// Uniform over the delay plus and minus the jitter.
+    pub const UNIFORM: u32 = u32::MAX;
+}
+
+/// Intervals of a distribution's table.
+pub const DISTRIBUTION_STEPS: usize = 4096;
+/// Tables of distributions.
+pub const DISTRIBUTIONS: u32 = 64;
+/// Bits behind the binary point of a table's values, and of [`Shape::correlation`].
+pub const DISTRIBUTION_SCALE: u32 = 16;
+/// Table of the normal distribution's quantiles.
+pub const DISTRIBUTION_NORMAL: u32 = 0;
+/// Table of the normal distribution function: of the index in steps of 1/256 from -8, in units of 2^-31.
+pub const DISTRIBUTION_NORMAL_CDF: u32 = 1;
+
+/// Quantiles of a distribution: the value at probability `index / DISTRIBUTION_STEPS`, in units of the jitter,
+/// with [`DISTRIBUTION_SCALE`] bits behind the binary point. Between them it is interpolated.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Distribution {
+    /// The values, in ascending order.
+    pub quantiles: [i32; DISTRIBUTION_STEPS + 1],
+    /// Zero.
+    pub reserved: i32,
+}
+
+/// What a rule does to the packets that it sends through a lane. Probabilities are thresholds from 0 to 2^32,
+/// compared with a 32-bit draw.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Shape {
+    /// [`stage`].
+    pub stages: u32,
+    /// [`loss_model`].
+    pub loss_model: u32,
+    /// Parameters of the loss.
+    pub loss: [u64; 5],
+    /// Probability of duplication.
+    pub duplicate: u64,
+    /// What copies are sent after the original, nanoseconds.
+    pub copy_delay_ns: u64,
+    /// Copies of a duplicated packet, besides the original: 1 to [`MAX_COPIES`].
+    pub copies: u32,
+    /// A table's number, or of [`distribution`].
+    pub distribution: u32,
+    /// Delay, nanoseconds.
+    pub delay_ns: u64,
+    /// Jitter, nanoseconds; 0 for none.
+    pub jitter_ns: u64,
+    /// Correlation of one packet's delay with the one before, with [`DISTRIBUTION_SCALE`] bits behind the point.
+    pub correlation: u32,
+    /// The square root of one less the correlation's square, likewise.
+    pub innovation: u32,
+    /// Probability of being held back.
+    pub reorder: u64,
+    /// For how long, nanoseconds.
+    pub hold_ns: u64,
+    /// 1 where a packet may overtake earlier ones of its flow, 0 where order is kept.
+    pub free_order: u32,
+    /// The longest IP packet that passes, in bytes.
+    pub mtu: u32,
+    /// Time of one byte on the line, nanoseconds with [`BYTE_TIME_SCALE`] bits behind the binary point.
+    pub byte_time: u64,
+    /// Bytes by which a packet is longer on the line than its frame.
+    pub overhead: u32,
+    /// [`rate_share`].
+    pub rate_share: u32,
+    /// The longest that a packet may wait for the line, nanoseconds; it is lost if it would have to wait longer.
+    pub queue_ns: u64,
+    /// Packets that wait longer are marked (ECN), nanoseconds; `u64::MAX` for never.
+    pub ecn_ns: u64,
+    /// How long everything is held, nanoseconds.
+    pub stall_ns: u64,
+    /// From the beginning of one stall to that of the next, nanoseconds; 0 where there is one only.
+    pub stall_every_ns: u64,
+}
+
+/// Copies of one packet at most, by all rules together.
+pub const MAX_COPIES: u32 = 8;
 
 /// A rule, as the program judges it once the bitmaps have named it.
 #[repr(C)]
@@ -402,6 +602,10 @@ pub struct RuleEntry {
     pub fault: u32,
     /// [`identity`].
     pub identity: u32,
+    /// [`needs`].
+    pub needs: u32,
+    /// Zero.
+    pub reserved: u32,
     /// First half of the key of the random stream ([`crate::siphash::rule_key`]).
     pub key0: u64,
     /// Second half.
@@ -464,6 +668,30 @@ pub struct RuleCounters {
     pub lapsed_packets: u64,
     /// Packets that were decided without state because the table was full.
     pub stateless_packets: u64,
+    /// Packets that random loss took.
+    pub lost_packets: u64,
+    /// Packets that were duplicated.
+    pub duplicated_packets: u64,
+    /// The copies made of them.
+    pub copies: u64,
+    /// Packets that were delayed.
+    pub delayed_packets: u64,
+    /// By how much together, nanoseconds.
+    pub delayed_ns: u64,
+    /// Packets that were held back.
+    pub reordered_packets: u64,
+    /// Packets that were lost because they were too long.
+    pub too_long_packets: u64,
+    /// Packets that went through a line of limited rate.
+    pub queued_packets: u64,
+    /// How long they waited for it together, nanoseconds.
+    pub queued_ns: u64,
+    /// Packets that were lost because its queue was full.
+    pub overflow_packets: u64,
+    /// Packets that were marked (ECN).
+    pub marked_packets: u64,
+    /// Packets that a stall held.
+    pub stalled_packets: u64,
     /// When the first packet matched, `CLOCK_MONOTONIC` in nanoseconds; 0 for never.
     pub first_ns: u64,
     /// When the last packet matched.
@@ -494,33 +722,40 @@ pub struct TargetCounters {
     pub lapsed_packets: u64,
     /// Flows that matched more rules than one packet can meet.
     pub surplus_rules: u64,
+    /// Packets that went into a lane.
+    pub lane_packets: u64,
+    /// Packets that could not be sent into a lane, and passed.
+    pub lane_refused: u64,
 }
 
 const _: () = {
     assert!(MAX_SLOTS.is_multiple_of(64) && MAX_EXEMPTIONS.is_multiple_of(64));
     assert!(size_of::<Config>() == 16);
-    assert!(size_of::<Target>() == 32);
+    assert!(size_of::<Target>() == 48);
     assert!(size_of::<Bitmap>() == 144);
     assert!(size_of::<Class>() == 16);
     assert!(size_of::<Prefix>() == 20);
     assert!(size_of::<FlowKey>() == 40 && offset_of!(FlowKey, low_port) == 32);
     assert!(offset_of!(FlowKey, protocol) == 36 && offset_of!(FlowKey, site) == 38);
-    assert!(size_of::<FlowEntry>() == 32 + 2 * MAX_CANDIDATES);
+    assert!(size_of::<FlowEntry>() == 40 + 2 * MAX_CANDIDATES);
     assert!(size_of::<StateKey>() == 48);
-    assert!(size_of::<State>() == 16);
+    assert!(size_of::<State>() == 24);
+    assert!(size_of::<Held>() == 8);
+    assert!(size_of::<Shape>() == 168);
+    assert!(size_of::<Distribution>() == 4 * (DISTRIBUTION_STEPS + 2));
     assert!(size_of::<Connection>() == 16);
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<Upper>() == 8);
-    assert!(size_of::<RuleEntry>() == 272 && offset_of!(RuleEntry, dscp) == 136);
-    assert!(size_of::<RuleCounters>() == 88);
-    assert!(size_of::<TargetCounters>() == 80);
+    assert!(size_of::<RuleEntry>() == 280 && offset_of!(RuleEntry, dscp) == 144);
+    assert!(size_of::<RuleCounters>() == 184);
+    assert!(size_of::<TargetCounters>() == 96);
 };
 
 #[cfg(feature = "user")]
 mod pod {
     use super::{
-        Bitmap, Class, Config, Connection, FlowEntry, FlowKey, FragmentKey, Prefix, RuleCounters,
-        RuleEntry, State, StateKey, Target, TargetCounters, Upper,
+        Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, FragmentKey, Held,
+        Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper,
     };
 
     macro_rules! pod {
@@ -535,12 +770,15 @@ mod pod {
         Class,
         Config,
         Connection,
+        Distribution,
         FlowEntry,
         FlowKey,
         FragmentKey,
+        Held,
         Prefix,
         RuleCounters,
         RuleEntry,
+        Shape,
         State,
         StateKey,
         Target,

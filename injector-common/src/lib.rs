@@ -1,7 +1,8 @@
 //! What the injector's kernel program and its user space share.
 //!
 //! [`layout`] is the contract: the tables' keys and values. [`packet`] reads headers, [`segments`] turns
-//! a super-packet into wire packets, [`fate`] holds the arithmetic of faults, and [`decide`] is the whole
+//! a super-packet into wire packets, [`fate`] and [`shape`] hold the arithmetic of faults, [`line`] decides what
+//! happens to a wire packet in a lane, and [`decide`] is the whole
 //! decision about one packet, over tables that are BPF maps in the kernel and ordinary memory in tests.
 //!
 //! Everything here is `no_std`, and is compiled for the BPF target as well as for the host: no floating
@@ -21,6 +22,8 @@
 pub mod decide;
 pub mod fate;
 pub mod layout;
+pub mod line;
 pub mod packet;
 pub mod segments;
+pub mod shape;
 pub mod siphash;

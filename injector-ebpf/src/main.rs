@@ -1,4 +1,4 @@
-//! The injector's TC programs, one for each direction.
+//! The injector's TC programs: one for each direction at a target, and those of the [`lane`].
 //!
 //! An entry point builds the context, lets [`injector_common::decide`] decide, and turns the verdict into an
 //! action. Maps are in [`tables`], reading of the skb in [`skb`].
@@ -34,6 +34,7 @@
     reason = "the kernel hands down 16-bit numbers in 32-bit fields; a checked conversion leaves a panic"
 )]
 
+mod lane;
 mod skb;
 mod tables;
 
@@ -46,6 +47,8 @@ use injector_common::{
     decide::{Outcome, pass},
     layout::hook,
 };
+
+use crate::lane::Returned;
 
 /// Packets that leave through the interface.
 #[classifier]
@@ -65,12 +68,33 @@ pub fn injector_empty(_ctx: TcContext) -> i32 {
     TC_ACT_UNSPEC
 }
 
+/// Packets that leave through the carrier of a lane.
+#[classifier]
+pub fn injector_carrier(ctx: TcContext) -> i32 {
+    lane::carry(&ctx)
+}
+
+/// Wire packets at the entry of a lane's line.
+#[classifier]
+pub fn injector_line(ctx: TcContext) -> i32 {
+    lane::line(&ctx)
+}
+
 #[inline(always)]
 fn run(ctx: &TcContext, direction: u32) -> i32 {
+    match lane::returned(ctx, direction) {
+        Returned::Not => {}
+        Returned::Done => return TC_ACT_UNSPEC,
+        Returned::Arrives => {
+            tables::tail_call(ctx, hook::INGRESS);
+            return TC_ACT_UNSPEC;
+        }
+    }
     let mut packet = skb::SkbPacket::new(ctx);
     let next = match pass(&mut packet, skb::meta(ctx, direction), &tables::Kernel) {
         Outcome::Pass => return TC_ACT_UNSPEC,
         Outcome::Cut => return TC_ACT_STOLEN,
+        Outcome::Lane => return lane::enter(ctx, direction),
         Outcome::Again => direction,
         Outcome::Arrives => hook::INGRESS,
     };

@@ -117,3 +117,13 @@ pub(crate) fn meta(ctx: &TcContext, direction: u32) -> Meta {
         hook: direction,
     }
 }
+
+/// The same for a packet in a lane, whose target and direction are known by its mark.
+#[inline(always)]
+pub(crate) fn marked(ctx: &TcContext, target: u16, direction: u32) -> Meta {
+    Meta {
+        target,
+        hook: direction,
+        ..meta(ctx, direction)
+    }
+}

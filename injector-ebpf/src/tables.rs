@@ -14,10 +14,11 @@ use aya_ebpf::{
 use injector_common::{
     decide::{Advanced, Step, Tables, Work},
     layout::{
-        Bitmap, Class, Config, Connection, FlowEntry, FlowKey, FragmentKey, MAX_SLOTS,
-        PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, State, StateKey, Target,
-        TargetCounters, Upper,
+        Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey,
+        FragmentKey, Held, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters,
+        RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper,
     },
+    line::Entry,
 };
 
 const BPF_F_NO_PREALLOC: u32 = 1;
@@ -92,6 +93,95 @@ static RULE_COUNTERS: PerCpuArray<RuleCounters> = PerCpuArray::with_max_entries(
 #[map]
 static TARGET_COUNTERS: PerCpuArray<TargetCounters> = PerCpuArray::with_max_entries(2 * 256, 0);
 
+/// What rules do in lanes, by slot, two copies. Mapped.
+#[map]
+static SHAPES: Array<Shape> = Array::with_max_entries(2 * MAX_SLOTS, BPF_F_MMAPABLE);
+
+/// Quantiles of distributions. Written by user space before a rule refers to them.
+#[map]
+static TABLES: Array<Distribution> = Array::with_max_entries(DISTRIBUTIONS, 0);
+
+/// What lanes hold of flows whose order is kept. Written by the program, collected by user space. When it is
+/// full, order is kept by equal delays only, and that is counted. Load time.
+#[map]
+static HELD: HashMap<FlowKey, Held> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+/// What a packet brings into the lane: the hook's program writes it, and the line's, which the same packet runs
+/// into before the former's helper returns, reads it.
+#[map]
+static ENTRY: PerCpuArray<Entry> = PerCpuArray::with_max_entries(1, 0);
+
+/// A copy that the line's program is sending to itself.
+#[map]
+static COPY: PerCpuArray<Sending> = PerCpuArray::with_max_entries(1, 0);
+
+/// Packets that lanes met on devices of theirs and know nothing of, or lost: by [`lost`].
+#[map]
+static LANE_LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(lost::COUNT, 0);
+
+/// How a packet is to be sent by a line.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Sending {
+    /// When it leaves.
+    pub(crate) leaves_ns: u64,
+    /// What it is queued by.
+    pub(crate) hash: u32,
+    /// Whether this is about the packet at hand.
+    pub(crate) valid: u32,
+}
+
+/// Indices of `LANE_LOST`.
+pub(crate) mod lost {
+    /// A packet of somebody else's on a lane's device.
+    pub(crate) const STRAY: u32 = 0;
+    /// A copy could not be sent.
+    pub(crate) const COPY: u32 = 1;
+    /// A packet could not be brought back: its tag could not be taken off, or its target is unknown.
+    pub(crate) const RETURN: u32 = 2;
+    /// How many there are.
+    pub(crate) const COUNT: u32 = 3;
+}
+
+/// What a packet brings into the lane.
+#[inline(always)]
+pub(crate) fn entry() -> Option<*mut Entry> {
+    ENTRY.get_ptr_mut(0)
+}
+
+/// A copy on its way to the line.
+#[inline(always)]
+pub(crate) fn copy() -> Option<*mut Sending> {
+    COPY.get_ptr_mut(0)
+}
+
+/// Counts a packet that a lane lost.
+#[inline(always)]
+pub(crate) fn count_lost(which: u32) {
+    if let Some(count) = LANE_LOST.get_ptr_mut(which) {
+        // SAFETY: per CPU.
+        unsafe { *count += 1 };
+    }
+}
+
+/// A target, by slot.
+#[inline(always)]
+pub(crate) fn target(slot: u32) -> Option<*const Target> {
+    TARGETS.get_ptr(slot)
+}
+
+/// The packet in hand.
+#[inline(always)]
+pub(crate) fn work() -> Option<*mut Work> {
+    WORK.get_ptr_mut(0)
+}
+
+/// Counters of a target, by slot and direction.
+#[inline(always)]
+pub(crate) fn target_counters(index: u32) -> Option<*mut TargetCounters> {
+    TARGET_COUNTERS.get_ptr_mut(index)
+}
+
 /// The packet in hand.
 #[map]
 static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
@@ -100,13 +190,16 @@ static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 /// when the last file descriptor of it is closed (`bpf_fd_array_map_clear`, kernel/bpf/arraymap.c): a loader
 /// that has died takes its lease with it anyway.
 #[map]
-static PASSES: ProgramArray = ProgramArray::with_max_entries(2, 0);
+static PASSES: ProgramArray = ProgramArray::with_max_entries(3, 0);
 
-/// Ends this program and runs the one for `direction` on the same packet; returns only if there is none.
+/// Index of the line's program in `PASSES`; those of the hooks are their directions.
+pub(crate) const LINE: u32 = 2;
+
+/// Ends this program and runs another one of `PASSES` on the same packet; returns only if there is none.
 #[inline(always)]
-pub(crate) fn tail_call(ctx: &TcContext, direction: u32) {
+pub(crate) fn tail_call(ctx: &TcContext, which: u32) {
     // SAFETY: nothing of this run is used afterwards.
-    unsafe { PASSES.tail_call(ctx, direction) };
+    unsafe { PASSES.tail_call(ctx, which) };
 }
 
 /// The maps as the decision sees them.
@@ -185,26 +278,77 @@ impl Tables for Kernel {
         let state = if let Some(state) = STATES.get_ptr_mut(key) {
             state
         } else {
-            let fresh = State {
-                n: 0,
-                last_ns: now_ns,
-            };
-            created = STATES.insert(key, fresh, BPF_NOEXIST).is_ok();
+            created = STATES.insert(key, fresh(0, now_ns), BPF_NOEXIST).is_ok();
             // Where another CPU was first, its state is there now.
             STATES.get_ptr_mut(key)?
         };
-        // Not relaxed: LLVM 22 turns a relaxed add into the instruction without BPF_FETCH, whose register
-        // keeps the addend, although the old value is used.
         // SAFETY: map memory, valid until the program returns; the fetch-and-add is atomic, the time is one
         // store.
         unsafe {
             core::ptr::write_volatile(&raw mut (*state).last_ns, now_ns);
-            let before = core::intrinsics::atomic_xadd::<
-                u64,
+            let before = self.increment(&raw mut (*state).n, by);
+            Some(Advanced { before, created })
+        }
+    }
+
+    #[inline(always)]
+    fn shape(&self, index: u32) -> Option<*const Shape> {
+        SHAPES.get_ptr(index)
+    }
+
+    #[inline(always)]
+    fn distribution(&self, index: u32) -> Option<*const Distribution> {
+        TABLES.get_ptr(index)
+    }
+
+    #[inline(always)]
+    fn remember(&self, key: &StateKey, now_ns: u64) -> Option<(*mut State, bool)> {
+        if let Some(state) = STATES.get_ptr_mut(key) {
+            // SAFETY: map memory, valid until the program returns; one store.
+            unsafe { core::ptr::write_volatile(&raw mut (*state).last_ns, now_ns) };
+            return Some((state, false));
+        }
+        let created = STATES.insert(key, fresh(0, now_ns), BPF_NOEXIST).is_ok();
+        // Where another CPU was first, its state is there now.
+        Some((STATES.get_ptr_mut(key)?, created))
+    }
+
+    #[inline(always)]
+    fn held(&self, flow: &FlowKey) -> Option<*mut Held> {
+        HELD.get_ptr_mut(flow)
+    }
+
+    #[inline(always)]
+    fn hold(&self, flow: &FlowKey) -> Option<*mut Held> {
+        if let Some(held) = HELD.get_ptr_mut(flow) {
+            return Some(held);
+        }
+        let _ = HELD.insert(flow, Held { until_ns: 0 }, BPF_NOEXIST);
+        HELD.get_ptr_mut(flow)
+    }
+
+    #[inline(always)]
+    unsafe fn exchange(&self, word: *mut u64, old: u64, new: u64) -> u64 {
+        // SAFETY: as the caller promises.
+        unsafe {
+            core::intrinsics::atomic_cxchg::<
                 u64,
                 { core::intrinsics::AtomicOrdering::SeqCst },
-            >(&raw mut (*state).n, by);
-            Some(Advanced { before, created })
+                { core::intrinsics::AtomicOrdering::SeqCst },
+            >(word, old, new)
+        }
+        .0
+    }
+
+    #[inline(always)]
+    unsafe fn increment(&self, word: *mut u64, by: u64) -> u64 {
+        // Not relaxed: LLVM 22 turns a relaxed add into the instruction without BPF_FETCH, whose register
+        // keeps the addend, although the old value is used.
+        // SAFETY: as the caller promises.
+        unsafe {
+            core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::SeqCst }>(
+                word, by,
+            )
         }
     }
 
@@ -218,9 +362,7 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn create_state(&self, key: &StateKey, n: u64, now_ns: u64) -> bool {
-        STATES
-            .insert(key, State { n, last_ns: now_ns }, BPF_NOEXIST)
-            .is_ok()
+        STATES.insert(key, fresh(n, now_ns), BPF_NOEXIST).is_ok()
     }
 
     #[inline(always)]
@@ -270,6 +412,15 @@ impl Tables for Kernel {
         unsafe {
             bpf_loop(times, round::<S> as *mut c_void, (&raw mut work).cast(), 0);
         }
+    }
+}
+
+#[inline(always)]
+const fn fresh(n: u64, now_ns: u64) -> State {
+    State {
+        n,
+        last_ns: now_ns,
+        stream: 0,
     }
 }
 

@@ -434,7 +434,7 @@ impl Attachment {
                     program,
                     ..
                 } => Some((hook, priority, handle, program)),
-                Change::Clsact => None,
+                Change::Clsact | Change::Lane => None,
             })
     }
 

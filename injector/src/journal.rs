@@ -57,6 +57,8 @@ pub struct Entry {
 pub enum Change {
     /// A clsact qdisc was added.
     Clsact,
+    /// The devices of a lane were made: the entry's interface is its carrier.
+    Lane,
     /// A filter was attached.
     Filter {
         /// Where.

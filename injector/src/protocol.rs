@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned, de::IgnoredAny};
 
 pub use crate::ssh::OperatorConnection;
 
-use crate::rules::RuleSpec;
+use crate::{realised::Realised, rules::RuleSpec};
 
 /// The version of the protocol that this build speaks.
 pub const VERSION: u32 = 1;
@@ -742,6 +742,42 @@ pub struct RuleCounters {
     pub lapsed_packets: u64,
     /// Wire packets decided without a flow's state, because its table was full.
     pub stateless_packets: u64,
+    /// Wire packets that loss by chance took.
+    #[serde(default)]
+    pub lost_packets: u64,
+    /// Wire packets that were duplicated.
+    #[serde(default)]
+    pub duplicated_packets: u64,
+    /// The copies made of them.
+    #[serde(default)]
+    pub copies: u64,
+    /// Wire packets that were delayed.
+    #[serde(default)]
+    pub delayed_packets: u64,
+    /// By how much together, in nanoseconds.
+    #[serde(default)]
+    pub delayed_ns: u64,
+    /// Wire packets that were held back.
+    #[serde(default)]
+    pub reordered_packets: u64,
+    /// Wire packets that were lost because they were too long.
+    #[serde(default)]
+    pub too_long_packets: u64,
+    /// Wire packets that went through a line of limited rate.
+    #[serde(default)]
+    pub queued_packets: u64,
+    /// How long they waited for it together, in nanoseconds.
+    #[serde(default)]
+    pub queued_ns: u64,
+    /// Wire packets that were lost because its queue was full.
+    #[serde(default)]
+    pub overflow_packets: u64,
+    /// Wire packets that were marked (ECN).
+    #[serde(default)]
+    pub marked_packets: u64,
+    /// Wire packets that a stall held.
+    #[serde(default)]
+    pub stalled_packets: u64,
     /// When the first packet matched, in nanoseconds of the kernel's monotonic clock; 0: never.
     pub first_ns: u64,
     /// When the last one did.
@@ -766,6 +802,18 @@ impl AddAssign for RuleCounters {
         self.off_packets += other.off_packets;
         self.lapsed_packets += other.lapsed_packets;
         self.stateless_packets += other.stateless_packets;
+        self.lost_packets += other.lost_packets;
+        self.duplicated_packets += other.duplicated_packets;
+        self.copies += other.copies;
+        self.delayed_packets += other.delayed_packets;
+        self.delayed_ns += other.delayed_ns;
+        self.reordered_packets += other.reordered_packets;
+        self.too_long_packets += other.too_long_packets;
+        self.queued_packets += other.queued_packets;
+        self.queued_ns += other.queued_ns;
+        self.overflow_packets += other.overflow_packets;
+        self.marked_packets += other.marked_packets;
+        self.stalled_packets += other.stalled_packets;
         if other.first_ns != 0 && (self.first_ns == 0 || other.first_ns < self.first_ns) {
             self.first_ns = other.first_ns;
             self.first_at = other.first_at;
@@ -800,6 +848,12 @@ pub struct TargetCounters {
     pub lapsed_packets: u64,
     /// Packets that matched more rules than one packet can meet.
     pub too_many_rules: u64,
+    /// Packets that went into a lane.
+    #[serde(default)]
+    pub lane_packets: u64,
+    /// Packets that could not be sent into a lane, and passed.
+    #[serde(default)]
+    pub lane_refused: u64,
 }
 
 /// What a rule has done.
@@ -820,6 +874,9 @@ pub struct RuleStats {
     pub egress: RuleCounters,
     /// Packets that arrived.
     pub ingress: RuleCounters,
+    /// Faults of chance and time, in both directions together: asked, and what became of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub realised: Vec<Realised>,
 }
 
 /// What came by a target.
@@ -864,6 +921,34 @@ pub struct TableUse {
     pub bytes: Option<u64>,
 }
 
+/// The lane of a namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaneStats {
+    /// The namespace in words.
+    pub netns: String,
+    /// Packets that it holds now.
+    pub queued_packets: u64,
+    /// Their bytes.
+    pub queued_bytes: u64,
+    /// Packets that it can hold.
+    pub capacity_packets: u64,
+    /// Packets that its queue dropped, because it was full.
+    pub dropped_packets: u64,
+    /// Packets that its devices dropped.
+    pub device_drops: u64,
+}
+
+/// What lanes lost, or met on their devices and know nothing of, since the daemon started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaneLosses {
+    /// Packets of somebody else's on a lane's devices.
+    pub strays: u64,
+    /// Copies that could not be sent.
+    pub copies: u64,
+    /// Packets that could not be brought back.
+    pub returns: u64,
+}
+
 /// Result of `stats`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StatsResult {
@@ -875,6 +960,12 @@ pub struct StatsResult {
     pub targets: Vec<TargetStats>,
     /// Per table.
     pub tables: Vec<TableUse>,
+    /// Per lane.
+    #[serde(default)]
+    pub lanes: Vec<LaneStats>,
+    /// What lanes lost.
+    #[serde(default)]
+    pub lane_losses: LaneLosses,
     /// How often the lease was found to have lapsed.
     pub lapses: u64,
     /// The lease.

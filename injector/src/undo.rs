@@ -36,6 +36,7 @@ pub(crate) enum UndoError {
 /// A change in words, to begin a sentence with.
 pub(crate) fn describe(entry: &Entry) -> String {
     let what = match &entry.change {
+        Change::Lane => "The lane".to_owned(),
         Change::Clsact => "The clsact qdisc".to_owned(),
         Change::Filter { hook, priority, .. } => {
             format!("The {hook} filter with preference {priority}")
@@ -88,6 +89,13 @@ fn gone(entry: &Entry, why: &str) -> Outcome {
 /// Takes one change back. `ours` says whether a filter of ours was met on the interface, which proves
 /// that it is the one that the journal means, even if it was renamed.
 fn undo_one(entry: &Entry, ours: &mut bool) -> Result<Outcome, NetlinkError> {
+    if entry.change == Change::Lane {
+        return Ok(if crate::lane::delete(entry)? {
+            Outcome::Undone(format!("{} was removed.", describe(entry)))
+        } else {
+            gone(entry, "it is not there any more")
+        });
+    }
     let Some(link) = netlink::link_by_index(entry.ifindex)? else {
         return Ok(gone(entry, "its interface has been deleted"));
     };
@@ -108,6 +116,8 @@ fn undo_one(entry: &Entry, ours: &mut bool) -> Result<Outcome, NetlinkError> {
             *ours = true;
             netlink::detach(entry.ifindex, *hook, *priority, *handle)?;
         }
+        // Dealt with above: it is known by its name and address.
+        Change::Lane => {}
         Change::Clsact => {
             let same = link.name == entry.ifname && mac(&link) == entry.mac;
             if !same && !*ours {

@@ -7,6 +7,7 @@ use crate::{
     protocol::{
         AddResult, ProtectedEntry, RuleCounters, RuleState, RuleStats, RuleStatus, TargetRef,
     },
+    realised::{Realised, Unit},
     rules::RuleSpec,
 };
 
@@ -69,7 +70,7 @@ fn marked(target: &TargetRef, should_be_attached: bool) -> String {
 #[must_use]
 pub(super) fn fault(spec: &RuleSpec) -> String {
     spec.parse()
-        .map_or_else(|error| error.to_string(), |rule| rule.fault.describe())
+        .map_or_else(|error| error.to_string(), |rule| rule.describe_faults())
 }
 
 /// Which packets a text form is for, in words.
@@ -187,6 +188,29 @@ pub(super) fn cut(counters: &RuleCounters) -> String {
     )
 }
 
+/// `loss: asked 5.00%, realised 4.97% of 1204113 wire packets`.
+#[must_use]
+pub(super) fn realised(one: &Realised) -> String {
+    let number = |value: f64| match one.unit {
+        Unit::Share => format!("{:.2}%", value * 100.0),
+        Unit::Seconds => format!("{:.3} ms", value * 1e3),
+    };
+    let mean = match one.unit {
+        Unit::Share => "",
+        Unit::Seconds => " on average",
+    };
+    match one.realised {
+        Some(value) => format!(
+            "{}: asked {}, realised {}{mean} of {}",
+            one.fault,
+            number(one.asked),
+            number(value),
+            count(one.packets, "wire packet")
+        ),
+        None => format!("{}: asked {}, no packet yet", one.fault, number(one.asked)),
+    }
+}
+
 /// One line about what a rule did, said when it ends.
 #[must_use]
 pub(super) fn deeds(stats: &RuleStats) -> String {
@@ -205,6 +229,9 @@ pub(super) fn deeds(stats: &RuleStats) -> String {
         cut(&total),
         count(total.flows, "flow")
     );
+    for one in &stats.realised {
+        let _ = write!(text, "; {}", realised(one));
+    }
     for (number, what) in [
         (
             total.excess_packets,
@@ -269,6 +296,7 @@ mod tests {
             asked: "all traffic".into(),
             egress: counters,
             ingress: RuleCounters::default(),
+            realised: Vec::new(),
         }
     }
 

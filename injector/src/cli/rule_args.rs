@@ -152,30 +152,176 @@ pub(super) struct RuleArgs {
     pub(super) hosts: Vec<PathBuf>,
 
     /// Lose every packet
-    #[arg(long, help_heading = "What happens to them (one of)")]
+    #[arg(long, help_heading = "Which of them are lost (one of)")]
     pub(super) cut: bool,
     /// Lose the N-th packet of each flow
-    #[arg(long, value_name = "N", help_heading = "What happens to them (one of)")]
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Which of them are lost (one of)"
+    )]
     pub(super) drop_nth: Option<u64>,
     /// Lose the first N packets of each flow
-    #[arg(long, value_name = "N", help_heading = "What happens to them (one of)")]
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Which of them are lost (one of)"
+    )]
     pub(super) drop_first: Option<u64>,
     /// Lose every N-th packet of each flow
-    #[arg(long, value_name = "N", help_heading = "What happens to them (one of)")]
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Which of them are lost (one of)"
+    )]
     pub(super) drop_every: Option<u64>,
     /// Lose packets of each flow at the places of a 1, over and over: 0010
     #[arg(
         long,
         value_name = "BITS",
-        help_heading = "What happens to them (one of)"
+        help_heading = "Which of them are lost (one of)"
     )]
     pub(super) drop_pattern: Option<String>,
     /// With --drop-pattern: play it once
-    #[arg(long, help_heading = "What happens to them (one of)")]
+    #[arg(long, help_heading = "Which of them are lost (one of)")]
     pub(super) once: bool,
     /// Lose one packet: the first that matches
-    #[arg(long, help_heading = "What happens to them (one of)")]
+    #[arg(long, help_heading = "Which of them are lost (one of)")]
     pub(super) drop_once: bool,
+
+    /// Delay every packet: 100ms
+    #[arg(
+        long,
+        value_name = "TIME",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) delay: Option<String>,
+    /// With --delay: vary it by so much, evenly or as --distribution says
+    #[arg(
+        long,
+        value_name = "TIME",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) jitter: Option<String>,
+    /// With --jitter: uniform, normal, pareto, paretonormal, exponential or lognormal [default: uniform]
+    #[arg(
+        long,
+        value_name = "NAME",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) distribution: Option<String>,
+    /// With --jitter: how much a delay is like the one before: 25%
+    #[arg(
+        long,
+        value_name = "PERCENT",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) correlation: Option<String>,
+    /// With --jitter: keep (no packet overtakes an earlier one of its flow) or free [default: keep]
+    #[arg(
+        long,
+        value_name = "ORDER",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) order: Option<String>,
+    /// Lose packets by chance: 1%, gemodel:p,r[,1-h[,1-k]] or state:p13[,p31[,p32[,p23[,p14]]]]
+    #[arg(
+        long,
+        value_name = "MODEL",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) loss: Option<String>,
+    /// Duplicate packets by chance: 2%
+    #[arg(
+        long,
+        value_name = "PERCENT",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) duplicate: Option<String>,
+    /// With --duplicate: copies besides the original, 1 to 8 [default: 1]
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) copies: Option<u32>,
+    /// With --duplicate: send the copies so much later [default: 0s]
+    #[arg(
+        long,
+        value_name = "TIME",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) copy_delay: Option<String>,
+    /// Hold some packets back, so that others overtake them: 5%
+    #[arg(
+        long,
+        value_name = "PERCENT",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) reorder: Option<String>,
+    /// With --reorder: for how long: 3ms
+    #[arg(
+        long,
+        value_name = "TIME",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) hold: Option<String>,
+    /// Send packets through a line of this rate: 10mbit
+    #[arg(
+        long,
+        value_name = "RATE",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) rate: Option<String>,
+    /// With --rate: what waits in front of it at most, 100ms or 64kb [default: 100ms]
+    #[arg(
+        long,
+        value_name = "LENGTH",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) queue: Option<String>,
+    /// With --rate: bytes by which a packet is longer on the line than its frame [default: 0]
+    #[arg(
+        long,
+        value_name = "BYTES",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) overhead: Option<u32>,
+    /// With --rate: which packets share a line: rule, flow or peer [default: rule]
+    #[arg(
+        long,
+        value_name = "WHAT",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) share: Option<String>,
+    /// With --rate: mark packets that wait longer (ECN): 5ms
+    #[arg(
+        long,
+        value_name = "TIME",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) ecn: Option<String>,
+    /// Hold everything for so long from now, then let it go at once: 15s
+    #[arg(
+        long,
+        value_name = "TIME",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) stall: Option<String>,
+    /// With --stall: so again and again: 60s
+    #[arg(
+        long,
+        value_name = "TIME",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) every: Option<String>,
+    /// Lose IP packets longer than this, and let no ICMP message say so: 1400
+    #[arg(
+        long,
+        value_name = "BYTES",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) mtu_blackhole: Option<u32>,
 
     /// Lifetime: 30s, 1m30s; without it the rule stays until it is healed
     #[arg(long = "for", value_name = "TIME", help_heading = "When")]
@@ -256,6 +402,25 @@ impl RuleArgs {
                 drop_pattern: self.drop_pattern.clone(),
                 once: self.once,
                 drop_once: self.drop_once,
+                loss: self.loss.clone(),
+                duplicate: self.duplicate.clone(),
+                copies: self.copies,
+                copy_delay: self.copy_delay.clone(),
+                delay: self.delay.clone(),
+                jitter: self.jitter.clone(),
+                distribution: self.distribution.clone(),
+                correlation: self.correlation.clone(),
+                order: self.order.clone(),
+                reorder: self.reorder.clone(),
+                hold: self.hold.clone(),
+                mtu_blackhole: self.mtu_blackhole,
+                rate: self.rate.clone(),
+                queue: self.queue.clone(),
+                overhead: self.overhead,
+                share: self.share.clone(),
+                ecn: self.ecn.clone(),
+                stall: self.stall.clone(),
+                every: self.every.clone(),
             },
             lifetime: self.lifetime.clone(),
             flap: self.flap.clone(),

@@ -250,6 +250,7 @@ fn text(output: Output, stats: &StatsResult, tables: bool) -> String {
         text.push_str(&rules(output, &stats.rules, stats.at));
     }
     text.push_str(&targets(output, &stats.targets));
+    text.push_str(&lanes(stats));
     if tables {
         text.push_str(&table_use(output, &stats.tables));
     }
@@ -273,10 +274,39 @@ fn text(output: Output, stats: &StatsResult, tables: bool) -> String {
 
 fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
     let mut table = Table::new(&[
-        "RULE", "STATE", "ASKED", "MATCHED", "CUT", "SHARE", "EXCESS", "FLOWS", "OFF", "LAPSED",
-        "FIRST", "LAST",
+        "RULE",
+        "STATE",
+        "ASKED",
+        "MATCHED",
+        "CUT",
+        "SHARE",
+        "EXCESS",
+        "LOST",
+        "COPIES",
+        "DELAYED",
+        "HELD BACK",
+        "OVERFLOW",
+        "TOO LONG",
+        "STALLED",
+        "FLOWS",
+        "OFF",
+        "LAPSED",
+        "FIRST",
+        "LAST",
     ])
-    .sparing(&["EXCESS", "OFF", "LAPSED"]);
+    .sparing(&[
+        "EXCESS",
+        "LOST",
+        "COPIES",
+        "DELAYED",
+        "HELD BACK",
+        "OVERFLOW",
+        "TOO LONG",
+        "STALLED",
+        "OFF",
+        "LAPSED",
+    ]);
+    let mut lines = String::new();
     for rule in rules {
         let total = report::total(rule);
         let lapsed = total.lapsed_packets.to_string();
@@ -288,6 +318,13 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
             amount(total.cut_packets, total.cut_bytes),
             percent(total.cut_packets, total.matched_packets),
             total.excess_packets.to_string(),
+            total.lost_packets.to_string(),
+            total.copies.to_string(),
+            total.delayed_packets.to_string(),
+            total.reordered_packets.to_string(),
+            total.overflow_packets.to_string(),
+            total.too_long_packets.to_string(),
+            total.stalled_packets.to_string(),
             total.flows.to_string(),
             total.off_packets.to_string(),
             if total.lapsed_packets > 0 {
@@ -298,8 +335,48 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
             age(total.first_at, now),
             age(total.last_at, now),
         ]);
+        for one in &rule.realised {
+            let _ = writeln!(lines, "{}: {}", rule.name, report::realised(one));
+        }
     }
-    output.table(&table)
+    output.table(&table) + &lines
+}
+
+/// What lanes hold, and, loudly, what they lost.
+fn lanes(stats: &StatsResult) -> String {
+    let mut text = String::new();
+    for lane in &stats.lanes {
+        let _ = writeln!(
+            text,
+            "lane of network namespace {}: holds {} of {} packets ({})",
+            lane.netns,
+            lane.queued_packets,
+            lane.capacity_packets,
+            bytes(lane.queued_bytes)
+        );
+        if lane.dropped_packets + lane.device_drops > 0 {
+            let _ = writeln!(
+                text,
+                "{} it dropped {} packets because it was full, its devices {}",
+                toned(Tone::Bad, "WARNING:"),
+                lane.dropped_packets,
+                lane.device_drops
+            );
+        }
+    }
+    let losses = stats.lane_losses;
+    if losses.copies + losses.returns + losses.strays > 0 {
+        let _ = writeln!(
+            text,
+            "{} lanes could not send {} copies and not bring {} packets back; {} packets on their devices were \
+             none of theirs",
+            toned(Tone::Bad, "WARNING:"),
+            losses.copies,
+            losses.returns,
+            losses.strays
+        );
+    }
+    text
 }
 
 fn amount(packets: u64, size: u64) -> String {

@@ -30,6 +30,7 @@ use crate::{
     rules::{
         self, RuleSpec,
         model::{Fault, FlowIdentity, NetnsRef, Rule},
+        shaping::Shaping,
         text,
     },
 };
@@ -544,7 +545,14 @@ impl<P: Plane, H: Host> State<P, H> {
             .union(&difference.retired)
             .copied()
             .collect();
-        let fresh = self.attach_all(links)?;
+        let lanes = self.make_lanes(&fresh_rules, links)?;
+        let fresh = match self.attach_all(links) {
+            Ok(fresh) => fresh,
+            Err(error) => {
+                self.remove_lanes(lanes);
+                return Err(error);
+            }
+        };
         let mut finals: HashMap<u32, BothCounters> = HashMap::new();
         let committed = self
             .take_slots(fresh_rules.len(), &ending, &mut finals)
@@ -571,6 +579,7 @@ impl<P: Plane, H: Host> State<P, H> {
                     }
                 }
                 self.take_back(fresh);
+                self.remove_lanes(lanes);
                 return Err(error);
             }
         };
@@ -600,7 +609,7 @@ impl<P: Plane, H: Host> State<P, H> {
         });
         for record in records {
             let name = &record.rule.name;
-            let what = format!("{}: {}", record.rule.fault.describe(), record.asked);
+            let what = format!("{}: {}", record.rule.describe_faults(), record.asked);
             let place = record
                 .places
                 .iter()
@@ -679,7 +688,20 @@ impl<P: Plane, H: Host> State<P, H> {
             )
             .with_hint("shorten the protect list (`injector protect`), or use wider prefixes"));
         }
-        let mut targets: BTreeMap<TargetKey, TargetConfig> = BTreeMap::new();
+        self.hold_for_ending(without);
+        let needed = self.needed_lanes(
+            self.rules
+                .iter()
+                .filter(|record| record.is_active() && !without.contains(&record.activation))
+                .chain(with),
+        );
+        let held = self
+            .targets
+            .iter()
+            .filter(|(_, target)| target.held_until_ns != 0);
+        let mut targets: BTreeMap<TargetKey, TargetConfig> = held
+            .map(|(key, target)| (*key, target.config(self.lane_of(key, &needed))))
+            .collect();
         let staying = self
             .rules
             .iter()
@@ -695,7 +717,8 @@ impl<P: Plane, H: Host> State<P, H> {
                     .iter()
                     .filter_map(|place| {
                         let target = self.targets.get(&place.key)?;
-                        targets.insert(place.key, target.config());
+                        let lane = self.lane_of(&place.key, &needed);
+                        targets.insert(place.key, target.config(lane));
                         Some(target.slot)
                     })
                     .collect(),
@@ -949,6 +972,10 @@ impl<P: Plane, H: Host> State<P, H> {
                 .push(EventKind::Stopping, None, None, format!("leaving: {why}"));
         }
         let all: HashSet<u32> = self.rules.iter().map(|record| record.activation).collect();
+        // Nobody is there to wait for what lanes hold: `remove` sets no time for it while leaving.
+        for target in self.targets.values_mut() {
+            target.held_until_ns = 0;
+        }
         let healed = self
             .remove(&all, EventKind::RuleHealed, "healed: the daemon leaves")
             .unwrap_or_else(|error| {
@@ -1038,6 +1065,7 @@ fn piece_of(
         interfaces: piece.interfaces,
         selector: piece.selector,
         fault: Fault::Cut,
+        shaping: Shaping::default(),
         lifetime,
         flap: None,
         seed: args.seed.unwrap_or_else(rules::draw_seed),

@@ -1,14 +1,15 @@
 //! The host as the daemon sees it: namespaces, interfaces and what is attached to them. A trait, so
 //! that the daemon's state machine is tested without privileges.
 
-use std::{io, os::fd::BorrowedFd, path::Path, sync::Arc};
+use std::{io, os::fd::BorrowedFd, path::Path, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 
-use super::plane::TargetSlot;
+use super::plane::{LaneDevices, TargetSlot};
 use crate::{
     attach::{self, AttachError, Attachment, Obstacle, Presence, TargetLink},
     journal::{Journal, JournalError},
+    lane::{Lane, LaneConfig, LaneError, LaneQueue},
     netlink::{self, Link, NetlinkError, Route},
     netns::{Netns, NetnsError},
     protocol::{ErrorBody, ErrorCode},
@@ -32,6 +33,8 @@ pub struct Topology {
 pub trait Host: Send + 'static {
     /// The injector attached to one target. Detaches when it is dropped, as well as it can.
     type Attachment: Send;
+    /// A lane. Removed when it is dropped, as well as it can.
+    type Lane: Send;
 
     /// Finds a namespace.
     fn resolve(&self, reference: &NetnsRef) -> Result<Netns, ErrorBody>;
@@ -56,9 +59,23 @@ pub trait Host: Send + 'static {
     /// Undoes an attachment exactly. Returns what was met and left alone. After an error it can be
     /// tried again.
     fn detach(&self, attachment: &mut Self::Attachment) -> Result<Vec<String>, ErrorBody>;
+    /// Makes the lane of a namespace. After an error nothing has changed.
+    fn make_lane(
+        &self,
+        netns: &Netns,
+        carrier: BorrowedFd<'_>,
+        line: BorrowedFd<'_>,
+    ) -> Result<(Self::Lane, LaneDevices), ErrorBody>;
+    /// What a lane holds and has dropped.
+    fn lane_stats(&self, lane: &Self::Lane) -> Result<LaneQueue, ErrorBody>;
+    /// Removes a lane. Returns how many packets it still held. After an error it can be tried again.
+    fn remove_lane(&self, lane: &mut Self::Lane) -> Result<u64, ErrorBody>;
     /// A warning for each pair of targets that the same packet passes.
     fn double_pass(&self, targets: &[(Netns, u32)]) -> Vec<String>;
 }
+
+/// Packets that a lane holds at most.
+const LANE_LIMIT: u32 = 100_000;
 
 /// The host that this process runs on.
 #[derive(Debug)]
@@ -80,6 +97,7 @@ impl KernelHost {
 
 impl Host for KernelHost {
     type Attachment = Attachment;
+    type Lane = Lane;
 
     fn resolve(&self, reference: &NetnsRef) -> Result<Netns, ErrorBody> {
         Netns::resolve(reference).map_err(|error| netns_error(&error))
@@ -133,6 +151,34 @@ impl Host for KernelHost {
             .map_err(|error| attach_error(&error))
     }
 
+    fn make_lane(
+        &self,
+        netns: &Netns,
+        carrier: BorrowedFd<'_>,
+        line: BorrowedFd<'_>,
+    ) -> Result<(Lane, LaneDevices), ErrorBody> {
+        let config = LaneConfig {
+            carrier,
+            line,
+            limit: LANE_LIMIT,
+        };
+        let made = Lane::make(netns, &self.journal, &config).map_err(|error| lane_error(&error))?;
+        let devices = LaneDevices {
+            segmenter: made.segmenter,
+            line: made.line,
+        };
+        Ok((made, devices))
+    }
+
+    fn lane_stats(&self, lane: &Lane) -> Result<LaneQueue, ErrorBody> {
+        lane.queue().map_err(|error| lane_error(&error))
+    }
+
+    fn remove_lane(&self, lane: &mut Lane) -> Result<u64, ErrorBody> {
+        lane.remove(Duration::ZERO)
+            .map_err(|error| lane_error(&error))
+    }
+
     fn double_pass(&self, targets: &[(Netns, u32)]) -> Vec<String> {
         netlink::double_pass(targets)
     }
@@ -171,6 +217,17 @@ fn netlink_error(error: &NetlinkError) -> ErrorCode {
         _ if error.is_no_device() => ErrorCode::Target,
         _ => ErrorCode::Host,
     }
+}
+
+fn lane_error(error: &LaneError) -> ErrorBody {
+    let code = match error {
+        LaneError::Netns(error) => return netns_error(error),
+        LaneError::Unsupported { .. } => ErrorCode::Unsupported,
+        LaneError::Netlink { source, .. } => netlink_error(source),
+        LaneError::Taken { .. } => ErrorCode::Target,
+        _ => ErrorCode::Host,
+    };
+    ErrorBody::new(code, error.to_string())
 }
 
 fn attach_error(error: &AttachError) -> ErrorBody {

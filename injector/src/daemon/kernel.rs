@@ -11,7 +11,7 @@ use super::plane::{
 use crate::{
     dataplane::{self, CommitError, DataPlane, DataPlaneError, Lease, Sizes},
     netlink::Hook,
-    protocol::{ErrorBody, ErrorCode, RuleCounters, TableUse, TargetCounters},
+    protocol::{ErrorBody, ErrorCode, LaneLosses, RuleCounters, TableUse, TargetCounters},
 };
 
 /// Loads the data plane.
@@ -75,6 +75,10 @@ impl Plane for KernelPlane {
 
     fn program(&self, hook: Hook) -> BorrowedFd<'_> {
         self.plane.program_fd(hook)
+    }
+
+    fn lane_programs(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
+        self.plane.lane_fds()
     }
 
     fn now_ns(&self) -> u64 {
@@ -141,6 +145,18 @@ impl Plane for KernelPlane {
             + collected.connections)
     }
 
+    fn lane_losses(&self) -> Result<LaneLosses, ErrorBody> {
+        let losses = self
+            .plane
+            .lane_losses()
+            .map_err(|error| host_error(&error))?;
+        Ok(LaneLosses {
+            strays: losses.strays,
+            copies: losses.copies,
+            returns: losses.returns,
+        })
+    }
+
     fn tables(&self) -> Result<Vec<TableUse>, ErrorBody> {
         let tables = self.plane.table_use().map_err(|error| host_error(&error))?;
         Ok(tables
@@ -177,6 +193,18 @@ fn rule_counters(counters: &dataplane::RuleCounters) -> RuleCounters {
         off_packets: counters.off_packets,
         lapsed_packets: counters.lapsed_packets,
         stateless_packets: counters.stateless_packets,
+        lost_packets: counters.lost_packets,
+        duplicated_packets: counters.duplicated_packets,
+        copies: counters.copies,
+        delayed_packets: counters.delayed_packets,
+        delayed_ns: counters.delayed_ns,
+        reordered_packets: counters.reordered_packets,
+        too_long_packets: counters.too_long_packets,
+        queued_packets: counters.queued_packets,
+        queued_ns: counters.queued_ns,
+        overflow_packets: counters.overflow_packets,
+        marked_packets: counters.marked_packets,
+        stalled_packets: counters.stalled_packets,
         first_ns: counters.first_ns,
         last_ns: counters.last_ns,
         first_at: None,
@@ -196,5 +224,7 @@ fn target_counters(counters: &dataplane::TargetCounters) -> TargetCounters {
         table_full: counters.table_full,
         lapsed_packets: counters.lapsed_packets,
         too_many_rules: counters.surplus_rules,
+        lane_packets: counters.lane_packets,
+        lane_refused: counters.lane_refused,
     }
 }

@@ -14,6 +14,7 @@ mod change;
 pub mod events;
 pub mod host;
 pub mod kernel;
+mod lanes;
 pub mod lease;
 pub mod lock;
 mod partition;

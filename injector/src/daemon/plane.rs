@@ -3,10 +3,12 @@
 
 use std::{os::fd::BorrowedFd, time::Duration};
 
-pub use crate::dataplane::{ActiveRule, Exemption, RuleSlot, TargetConfig, TargetSlot};
+pub use crate::dataplane::{
+    ActiveRule, Exemption, LaneDevices, RuleSlot, TargetConfig, TargetSlot,
+};
 use crate::{
     netlink::Hook,
-    protocol::{ErrorBody, RuleCounters, TableUse, TargetCounters},
+    protocol::{ErrorBody, LaneLosses, RuleCounters, TableUse, TargetCounters},
 };
 
 /// How much fits.
@@ -34,6 +36,8 @@ pub trait Plane: Send + 'static {
     fn limits(&self) -> Limits;
     /// The loaded program for a hook.
     fn program(&self, hook: Hook) -> BorrowedFd<'_>;
+    /// The loaded programs of a lane: for its carrier, for its line.
+    fn lane_programs(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>);
     /// The kernel's monotonic clock, in nanoseconds.
     fn now_ns(&self) -> u64;
     /// A handle by which another thread moves the lease.
@@ -57,6 +61,8 @@ pub trait Plane: Send + 'static {
     fn collect(&mut self, idle: Duration) -> Result<u64, ErrorBody>;
     /// How full the tables are.
     fn tables(&self) -> Result<Vec<TableUse>, ErrorBody>;
+    /// What lanes lost.
+    fn lane_losses(&self) -> Result<LaneLosses, ErrorBody>;
 }
 
 /// The kernel-side deadline after which no rule acts.

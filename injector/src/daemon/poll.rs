@@ -57,6 +57,7 @@ impl<P: Plane, H: Host> State<P, H> {
     pub fn tick(&mut self) -> Tick {
         self.tell_lapses();
         self.expire();
+        self.release_held();
         let now_ns = self.plane.now_ns();
         if now_ns >= self.schedule.look_ns {
             let began = Instant::now();
@@ -80,7 +81,9 @@ impl<P: Plane, H: Host> State<P, H> {
             self.schedule.collect_ns = now_ns.saturating_add(pause(began.elapsed()));
         }
         let now_ns = self.plane.now_ns();
-        let kept = !self.holders.is_empty() || self.rules.iter().any(Record::is_active);
+        let kept = !self.holders.is_empty()
+            || self.next_release_ns().is_some()
+            || self.rules.iter().any(Record::is_active);
         if kept {
             self.schedule.idle_since_ns = now_ns;
         }
@@ -95,6 +98,7 @@ impl<P: Plane, H: Host> State<P, H> {
             .filter_map(|record| record.expires_ns().map(|at| at.max(self.schedule.retry_ns)))
             .chain([self.schedule.look_ns, self.schedule.collect_ns])
             .chain(leave_ns)
+            .chain(self.next_release_ns())
             .min()
             .unwrap_or(u64::MAX);
         Tick {

@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::{
     events::EventLog,
     host::Host,
+    lanes::LaneRecord,
     lease::LeaseView,
     plane::Plane,
     protect::Protection,
@@ -20,11 +21,13 @@ use super::{
     targets::{Leftover, Target, TargetKey},
 };
 use crate::{
+    netns::NetnsId,
     protocol::{
         AddResult, Call, DaemonInfo, DownResult, ErrorBody, ErrorCode, EventKind, EventsResult,
         HealResult, LeaseStatus, ListResult, PartitionResult, ProtectResult, RuleState, RuleStats,
         RuleStatus, ShowArgs, ShowResult, StatsResult, TargetRef, TargetStats,
     },
+    realised::realised,
     rules::RuleSpec,
 };
 
@@ -78,6 +81,7 @@ pub struct State<P: Plane, H: Host> {
     pub(super) rules: Vec<Record>,
     pub(super) targets: BTreeMap<TargetKey, Target<H::Attachment>>,
     pub(super) leftovers: Vec<Leftover<H::Attachment>>,
+    pub(super) lanes: BTreeMap<NetnsId, LaneRecord<H::Lane>>,
     pub(super) protection: Protection,
     pub(super) events: EventLog,
     pub(super) epoch: u64,
@@ -110,6 +114,7 @@ impl<P: Plane, H: Host> State<P, H> {
             rules: Vec::new(),
             targets: BTreeMap::new(),
             leftovers: Vec::new(),
+            lanes: BTreeMap::new(),
             protection,
             events,
             epoch: 0,
@@ -262,10 +267,15 @@ impl<P: Plane, H: Host> State<P, H> {
                 .ended
                 .as_ref()
                 .map_or(RuleState::Active, |ended| ended.state),
-            fault: record.rule.fault.describe(),
+            fault: record.rule.describe_faults(),
             asked: record.asked.clone(),
             egress,
             ingress,
+            realised: {
+                let mut both = egress;
+                both += ingress;
+                realised(&record.rule.shaping, &both)
+            },
         }
     }
 
@@ -309,6 +319,8 @@ impl<P: Plane, H: Host> State<P, H> {
                 .map(|(key, target)| self.target_stats(key, target))
                 .collect::<Result<_, _>>()?,
             tables: self.plane.tables()?,
+            lanes: self.lane_stats()?,
+            lane_losses: self.plane.lane_losses()?,
             lapses: self.lease.lapses(),
             lease: self.lease_status(),
         })

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     host::Host,
-    plane::{Plane, TargetConfig, TargetSlot},
+    plane::{LaneDevices, Plane, TargetConfig, TargetSlot},
     state::State,
 };
 use crate::{
@@ -45,6 +45,8 @@ pub(super) struct Target<A> {
     pub(super) attachment: Option<A>,
     /// What is wrong with it.
     pub(super) problem: Option<String>,
+    /// A lane holds packets of it until then, by rules that have ended; the kernel's monotonic clock.
+    pub(super) held_until_ns: u64,
 }
 
 impl<A> Target<A> {
@@ -58,11 +60,13 @@ impl<A> Target<A> {
         self.attachment.is_some() && self.problem.is_none()
     }
 
-    pub(super) fn config(&self) -> TargetConfig {
+    pub(super) fn config(&self, lane: Option<LaneDevices>) -> TargetConfig {
         TargetConfig {
             slot: self.slot,
             link: self.link.kind,
             loopback: self.link.loopback,
+            ifindex: self.link.index,
+            lane,
         }
     }
 }
@@ -152,6 +156,7 @@ impl<P: Plane, H: Host> State<P, H> {
                 link: link.clone(),
                 attachment: Some(attachment),
                 problem: None,
+                held_until_ns: 0,
             };
             self.targets.insert(key, target);
             fresh.made.push(key);
@@ -227,6 +232,12 @@ impl<P: Plane, H: Host> State<P, H> {
             .iter()
             .filter(|record| record.is_active())
             .flat_map(|record| record.places.iter().map(|place| place.key))
+            .chain(
+                self.targets
+                    .iter()
+                    .filter(|(_, target)| target.held_until_ns != 0)
+                    .map(|(key, _)| *key),
+            )
             .collect();
         let unused: Vec<TargetKey> = self
             .targets
@@ -234,6 +245,7 @@ impl<P: Plane, H: Host> State<P, H> {
             .filter(|key| !used.contains(key))
             .copied()
             .collect();
+        self.remove_unused_lanes();
         for key in unused {
             if let Some(target) = self.targets.remove(&key) {
                 self.let_go(target);

@@ -18,19 +18,20 @@ use super::{
     host::{Host, Topology},
     lease::LeaseView,
     plane::{
-        ActiveRule, Committed, Exemption, LeaseSwitch, Limits, Plane, RuleSlot, TargetConfig,
-        TargetSlot,
+        ActiveRule, Committed, Exemption, LaneDevices, LeaseSwitch, Limits, Plane, RuleSlot,
+        TargetConfig, TargetSlot,
     },
     protect::Protection,
     state::{Origin, Reply, Settings, State},
 };
 use crate::{
     attach::{Obstacle, Presence, TargetLink},
+    lane::LaneQueue,
     netlink::{Hook, Link, LinkKind, LinkStats, Route},
     netns::{Netns, NetnsId},
     protocol::{
-        AddResult, Call, DaemonInfo, ErrorBody, ErrorCode, Event, EventKind, ListResult, Request,
-        RuleCounters, RuleState, StatsResult, TableUse, TargetCounters,
+        AddResult, Call, DaemonInfo, ErrorBody, ErrorCode, Event, EventKind, LaneLosses,
+        ListResult, Request, RuleCounters, RuleState, StatsResult, TableUse, TargetCounters,
     },
     rules::model::NetnsRef,
 };
@@ -61,6 +62,8 @@ struct World {
     epoch: u64,
     counters: BTreeMap<RuleSlot, RuleCounters>,
     rule_limit: u16,
+    /// Namespaces with lanes, by inode.
+    lanes: BTreeSet<u64>,
 }
 
 #[derive(Clone)]
@@ -84,6 +87,9 @@ impl Plane for FakePlane {
     }
     fn program(&self, _: Hook) -> BorrowedFd<'_> {
         self.1.as_fd()
+    }
+    fn lane_programs(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
+        (self.1.as_fd(), self.1.as_fd())
     }
     fn now_ns(&self) -> u64 {
         self.0.world().now_ns
@@ -144,6 +150,9 @@ impl Plane for FakePlane {
     fn collect(&mut self, _: Duration) -> Result<u64, ErrorBody> {
         Ok(0)
     }
+    fn lane_losses(&self) -> Result<LaneLosses, ErrorBody> {
+        Ok(LaneLosses::default())
+    }
     fn tables(&self) -> Result<Vec<TableUse>, ErrorBody> {
         Ok(Vec::new())
     }
@@ -153,6 +162,7 @@ struct FakeHost(Shared);
 
 impl Host for FakeHost {
     type Attachment = TargetLink;
+    type Lane = ();
 
     fn resolve(&self, reference: &NetnsRef) -> Result<Netns, ErrorBody> {
         // `a` and /run/netns/a are the same one.
@@ -252,6 +262,28 @@ impl Host for FakeHost {
             .attached
             .remove(&(attachment.netns.id.ino, attachment.index));
         Ok(Vec::new())
+    }
+    fn make_lane(
+        &self,
+        netns: &Netns,
+        _: BorrowedFd<'_>,
+        _: BorrowedFd<'_>,
+    ) -> Result<((), LaneDevices), ErrorBody> {
+        self.0.world().lanes.insert(netns.id.ino);
+        Ok((
+            (),
+            LaneDevices {
+                segmenter: 100,
+                line: 101,
+            },
+        ))
+    }
+    fn lane_stats(&self, (): &()) -> Result<LaneQueue, ErrorBody> {
+        Ok(LaneQueue::default())
+    }
+    fn remove_lane(&self, (): &mut ()) -> Result<u64, ErrorBody> {
+        self.0.world().lanes.clear();
+        Ok(0)
     }
     fn double_pass(&self, targets: &[(Netns, u32)]) -> Vec<String> {
         vec![format!("{} targets", targets.len())]

@@ -14,6 +14,7 @@ use super::{
     image::{Image, PrefixOf, TargetImage},
     intern::{Indices, Meaning, TooMany},
     prefixes::{Condition, ROOT, Resolved, StateId, prefix_of, resolve},
+    shape,
     values::{ActiveRule, Exemption, TargetConfig},
 };
 use crate::rules::model::{
@@ -270,6 +271,9 @@ impl Builder<'_> {
             self.image
                 .rules
                 .insert(rule_slot(active), rule_entry(active));
+            self.image
+                .shapes
+                .insert(rule_slot(active), shape::shape(&active.rule.shaping));
         }
         Ok(())
     }
@@ -654,12 +658,14 @@ fn rule_entry(active: &ActiveRule) -> RuleEntry {
         entry.flap_phase_ns = nanoseconds(flap.phase);
     }
     set_fault(&mut entry, &rule.fault);
+    entry.needs = shape::needs(rule);
     set_selector(&mut entry, &rule.selector);
     entry
 }
 
 fn set_fault(entry: &mut RuleEntry, fault: &Fault) {
     (entry.fault, entry.n) = match fault {
+        Fault::None => (fault::NONE, 0),
         Fault::Cut => (fault::CUT, 0),
         Fault::DropNth(n) => (fault::NTH, *n),
         Fault::DropFirst(n) => (fault::FIRST, *n),

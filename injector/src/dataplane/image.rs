@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use injector_common::layout::{Bitmap, Class, PORT_CLASSES, PROTOCOL_CLASSES, RuleEntry};
+use injector_common::layout::{Bitmap, Class, PORT_CLASSES, PROTOCOL_CLASSES, RuleEntry, Shape};
 
 use super::values::TargetSlot;
 
@@ -42,6 +42,8 @@ pub struct Image {
     pub bitmaps: BTreeMap<u32, Bitmap>,
     /// Rules by slot of the tables (exemptions come first there).
     pub rules: BTreeMap<u32, RuleEntry>,
+    /// What rules do in lanes, by the same slots.
+    pub shapes: BTreeMap<u32, Shape>,
 }
 
 impl Default for Image {
@@ -53,6 +55,7 @@ impl Default for Image {
             prefixes: HashMap::new(),
             bitmaps: BTreeMap::new(),
             rules: BTreeMap::new(),
+            shapes: BTreeMap::new(),
         }
     }
 }

@@ -5,19 +5,24 @@
 //! tables that is not in force, and then stores the new epoch.
 
 pub mod compile;
+pub mod distribution;
 mod image;
 mod intern;
 mod mapping;
 mod plane;
 mod prefixes;
+mod shape;
 mod values;
 
 pub use image::Image;
 pub use plane::{
-    Collected, Commit, CommitError, DataPlane, DataPlaneError, Lease, ProgramReport, Sizes,
-    TableUse, report,
+    Collected, Commit, CommitError, DataPlane, DataPlaneError, LaneLosses, Lease, ProgramReport,
+    Sizes, TableUse, report,
 };
-pub use values::{ActiveRule, Exemption, LinkKind, RuleSlot, TargetConfig, TargetSlot};
+pub use shape::shape as shape_of;
+pub use values::{
+    ActiveRule, Exemption, LaneDevices, LinkKind, RuleSlot, TargetConfig, TargetSlot,
+};
 
 pub use crate::netlink::Hook;
 pub use injector_common::layout::{RuleCounters, TargetCounters};

@@ -14,15 +14,15 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
     maps::{
-        HashMap as BpfHashMap, IterableMap as _, LpmTrie, Map, MapData, PerCpuArray, PerCpuValues,
-        ProgramArray, lpm_trie::Key,
+        Array, HashMap as BpfHashMap, IterableMap as _, LpmTrie, Map, MapData, PerCpuArray,
+        PerCpuValues, ProgramArray, lpm_trie::Key,
     },
     programs::SchedClassifier,
 };
 use injector_common::layout::{
-    Bitmap, Class, Config, Connection, FlowEntry, FlowKey, MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS,
-    PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, State, StateKey, Target,
-    TargetCounters, family, hook, state_site,
+    Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, Held, MAX_EXEMPTIONS,
+    MAX_RULES, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape,
+    State, StateKey, Target, TargetCounters, family, hook, state_site,
 };
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,7 @@ use crate::netlink::Hook;
 
 use super::{
     compile::{Capacity, CompileError, Compiler},
+    distribution,
     image::{Image, PrefixOf, TargetImage},
     mapping::Mapping,
     values::{ActiveRule, Exemption, LinkKind, RuleSlot, TargetConfig, TargetSlot},
@@ -162,6 +163,17 @@ pub struct Collected {
     pub connections: u64,
 }
 
+/// What lanes lost, or met on their devices and know nothing of, since the programs were loaded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct LaneLosses {
+    /// Packets of somebody else's.
+    pub strays: u64,
+    /// Copies that could not be sent.
+    pub copies: u64,
+    /// Packets that could not be brought back.
+    pub returns: u64,
+}
+
 /// How full a table is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct TableUse {
@@ -193,6 +205,8 @@ pub struct DataPlane {
     ebpf: Ebpf,
     egress: OwnedFd,
     ingress: OwnedFd,
+    carrier: OwnedFd,
+    line: OwnedFd,
     sizes: Sizes,
     config: Arc<Mapping<Config>>,
     targets: Mapping<Target>,
@@ -200,9 +214,12 @@ pub struct DataPlane {
     ports: Mapping<Class>,
     bitmaps: Mapping<Bitmap>,
     rules: Mapping<RuleEntry>,
+    shapes: Mapping<Shape>,
     prefixes: LpmTrie<MapData, Prefix, Class>,
     flows: BpfHashMap<MapData, FlowKey, FlowEntry>,
     states: BpfHashMap<MapData, StateKey, State>,
+    held: BpfHashMap<MapData, FlowKey, Held>,
+    lane_lost: PerCpuArray<MapData, u64>,
     connections: BpfHashMap<MapData, FlowKey, Connection>,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     target_counters: PerCpuArray<MapData, TargetCounters>,
@@ -229,7 +246,16 @@ impl Lease {
     }
 }
 
-const PROGRAMS: [&str; 3] = ["injector_egress", "injector_ingress", "injector_empty"];
+const PROGRAMS: [&str; 5] = [
+    "injector_egress",
+    "injector_ingress",
+    "injector_carrier",
+    "injector_line",
+    "injector_empty",
+];
+
+/// The line's place among the programs that call each other.
+const LINE_PASS: u32 = 2;
 
 fn array(map: Map, name: &'static str) -> Result<MapData, DataPlaneError> {
     match map {
@@ -266,8 +292,11 @@ fn link_passes(ebpf: &mut Ebpf) -> Result<ProgramArray<MapData>, DataPlaneError>
     let map = ebpf.take_map(MAP).ok_or(DataPlaneError::Missing(MAP))?;
     let mut passes =
         ProgramArray::try_from(map).map_err(|source| map_error("open", MAP, source))?;
-    for (index, hook) in [(hook::EGRESS, Hook::Egress), (hook::INGRESS, Hook::Ingress)] {
-        let name = program_of(hook);
+    for (index, name) in [
+        (hook::EGRESS, program_of(Hook::Egress)),
+        (hook::INGRESS, program_of(Hook::Ingress)),
+        (LINE_PASS, "injector_line"),
+    ] {
         let program: &SchedClassifier = ebpf
             .program(name)
             .and_then(|program| program.try_into().ok())
@@ -281,6 +310,16 @@ fn link_passes(ebpf: &mut Ebpf) -> Result<ProgramArray<MapData>, DataPlaneError>
             .map_err(|source| map_error("write to", MAP, source))?;
     }
     Ok(passes)
+}
+
+/// Fills the tables of the distributions of delay.
+fn write_distributions(tables: &mut Array<MapData, Distribution>) -> Result<(), DataPlaneError> {
+    for (number, table) in distribution::tables() {
+        tables
+            .set(number, table, 0)
+            .map_err(|source| map_error("write to", "TABLES", source))?;
+    }
+    Ok(())
 }
 
 impl DataPlane {
@@ -300,6 +339,7 @@ impl DataPlane {
             .map_max_entries("IDLE", sizes.idle_flows)
             .map_max_entries("FLOWS", sizes.flows)
             .map_max_entries("STATES", sizes.states)
+            .map_max_entries("HELD", sizes.flows)
             .map_max_entries("CONNECTIONS", sizes.flows)
             .map_max_entries("FRAGMENTS", sizes.fragments)
             .load(OBJECT)
@@ -333,6 +373,7 @@ impl DataPlane {
             program(program_of(Hook::Egress))?,
             program(program_of(Hook::Ingress))?,
         );
+        let (carrier, line) = (program("injector_carrier")?, program("injector_line")?);
         let passes = link_passes(&mut ebpf)?;
         let mut take =
             |name: &'static str| ebpf.take_map(name).ok_or(DataPlaneError::Missing(name));
@@ -342,18 +383,24 @@ impl DataPlane {
                 caches.push((name, data, capacity));
             }
         }
+        write_distributions(&mut typed(take("TABLES")?, "TABLES")?)?;
         Ok(Self {
             egress,
             ingress,
+            carrier,
+            line,
             config: Arc::new(mapped(take("CONFIG")?, "CONFIG", 1)?),
             targets: mapped(take("TARGETS")?, "TARGETS", u32::from(sizes.targets))?,
             protocols: mapped(take("PROTOCOLS")?, "PROTOCOLS", 2 * PROTOCOL_CLASSES)?,
             ports: mapped(take("PORTS")?, "PORTS", 2 * PORT_CLASSES)?,
             bitmaps: mapped(take("BITMAPS")?, "BITMAPS", 2 * sizes.bitmaps)?,
             rules: mapped(take("RULES")?, "RULES", 2 * MAX_SLOTS)?,
+            shapes: mapped(take("SHAPES")?, "SHAPES", 2 * MAX_SLOTS)?,
             prefixes: typed(take("PREFIXES")?, "PREFIXES")?,
             flows: typed(take("FLOWS")?, "FLOWS")?,
             states: typed(take("STATES")?, "STATES")?,
+            held: typed(take("HELD")?, "HELD")?,
+            lane_lost: typed(take("LANE_LOST")?, "LANE_LOST")?,
             connections: typed(take("CONNECTIONS")?, "CONNECTIONS")?,
             rule_counters: typed(take("RULE_COUNTERS")?, "RULE_COUNTERS")?,
             target_counters: typed(take("TARGET_COUNTERS")?, "TARGET_COUNTERS")?,
@@ -389,6 +436,28 @@ impl DataPlane {
             Hook::Egress => self.egress.as_fd(),
             Hook::Ingress => self.ingress.as_fd(),
         }
+    }
+
+    /// The programs of a lane: at its carrier, at its line.
+    #[must_use]
+    pub fn lane_fds(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
+        (self.carrier.as_fd(), self.line.as_fd())
+    }
+
+    /// Packets that lanes lost on the way, or met on their devices and know nothing of.
+    pub fn lane_losses(&self) -> Result<LaneLosses, DataPlaneError> {
+        let sum = |index: u32| -> Result<u64, DataPlaneError> {
+            let values = self
+                .lane_lost
+                .get(&index, 0)
+                .map_err(|source| map_error("read", "LANE_LOST", source))?;
+            Ok(values.iter().sum())
+        };
+        Ok(LaneLosses {
+            strays: sum(0)?,
+            copies: sum(1)?,
+            returns: sum(2)?,
+        })
     }
 
     /// The kernel's number for the program of a hook.
@@ -456,7 +525,9 @@ impl DataPlane {
         self.write_arrays(copy, targets, &image);
         let prepared = started.elapsed();
         // 0 says that there are no rules; the next ones get a number of their own all the same.
-        let visible = if rules.is_empty() { 0 } else { epoch };
+        // While a lane still holds packets, later ones of their flows must not overtake them.
+        let holds = targets.iter().any(|target| target.lane.is_some());
+        let visible = if rules.is_empty() && !holds { 0 } else { epoch };
         // SAFETY: an aligned field of a live mapping; the kernel only reads it. Release: everything that was
         // written above is there before it.
         let word = unsafe { AtomicU64::from_ptr(&raw mut (*self.config.pointer(0)).epoch) };
@@ -525,6 +596,10 @@ impl DataPlane {
             self.rules
                 .write(base * MAX_SLOTS as usize + *slot as usize, *rule);
         }
+        for (slot, shape) in &image.shapes {
+            self.shapes
+                .write(base * MAX_SLOTS as usize + *slot as usize, *shape);
+        }
         let configured: BTreeMap<TargetSlot, &TargetConfig> =
             targets.iter().map(|target| (target.slot, target)).collect();
         for slot in 0..self.sizes.targets {
@@ -544,6 +619,12 @@ impl DataPlane {
                     0
                 };
                 entry.loopback = u32::from(config.loopback);
+                entry.ifindex = config.ifindex;
+                entry.segmenter = config.lane.map_or(0, |lane| lane.segmenter);
+                entry.line = config.lane.map_or(0, |lane| lane.line);
+            } else {
+                entry.segmenter = 0;
+                entry.line = 0;
             }
             self.targets.write(usize::from(slot), entry);
         }
@@ -616,6 +697,7 @@ impl DataPlane {
         })?;
         collected.orphaned_states = orphaned;
         collected.idle_states = all - orphaned;
+        sweep(&mut self.held, "HELD", |_, held| held.until_ns < now)?;
         collected.connections = sweep(&mut self.connections, "CONNECTIONS", |_, connection| {
             is_idle(connection.last_ns)
         })?;
@@ -637,6 +719,12 @@ impl DataPlane {
                 entries: Some(count(&self.states, "STATES")?),
                 capacity: self.sizes.states,
                 bytes: memory(self.states.map()),
+            },
+            TableUse {
+                name: "held flows",
+                entries: Some(count(&self.held, "HELD")?),
+                capacity: self.sizes.flows,
+                bytes: memory(self.held.map()),
             },
             TableUse {
                 name: "connections",
@@ -691,6 +779,7 @@ impl DataPlane {
         sweep(&mut self.flows, "FLOWS", |_, _| true)?;
         sweep(&mut self.states, "STATES", |_, _| true)?;
         sweep(&mut self.connections, "CONNECTIONS", |_, _| true)?;
+        sweep(&mut self.held, "HELD", |_, _| true)?;
         for (name, data, _) in &self.caches {
             let key_length = if *name == "IDLE" {
                 size_of::<FlowKey>()
@@ -883,6 +972,18 @@ fn add_rule_counters(sum: &mut RuleCounters, value: &RuleCounters) {
     sum.off_packets += value.off_packets;
     sum.lapsed_packets += value.lapsed_packets;
     sum.stateless_packets += value.stateless_packets;
+    sum.lost_packets += value.lost_packets;
+    sum.duplicated_packets += value.duplicated_packets;
+    sum.copies += value.copies;
+    sum.delayed_packets += value.delayed_packets;
+    sum.delayed_ns += value.delayed_ns;
+    sum.reordered_packets += value.reordered_packets;
+    sum.too_long_packets += value.too_long_packets;
+    sum.queued_packets += value.queued_packets;
+    sum.queued_ns += value.queued_ns;
+    sum.overflow_packets += value.overflow_packets;
+    sum.marked_packets += value.marked_packets;
+    sum.stalled_packets += value.stalled_packets;
     if value.first_ns != 0 && (sum.first_ns == 0 || value.first_ns < sum.first_ns) {
         sum.first_ns = value.first_ns;
     }
@@ -900,6 +1001,8 @@ fn add_target_counters(sum: &mut TargetCounters, value: &TargetCounters) {
     sum.table_full += value.table_full;
     sum.lapsed_packets += value.lapsed_packets;
     sum.surplus_rules += value.surplus_rules;
+    sum.lane_packets += value.lane_packets;
+    sum.lane_refused += value.lane_refused;
 }
 
 /// Loads the programs, reports on them and on the tables, and lets them go again: `cargo xtask load`.

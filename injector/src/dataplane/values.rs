@@ -22,6 +22,19 @@ pub struct TargetConfig {
     pub link: LinkKind,
     /// Whether it is a loopback device.
     pub loopback: bool,
+    /// Its interface index.
+    pub ifindex: u32,
+    /// The lane of its namespace, if there is one.
+    pub lane: Option<LaneDevices>,
+}
+
+/// Where packets enter a lane, by interface index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LaneDevices {
+    /// Cuts super-packets up.
+    pub segmenter: u32,
+    /// Decides each wire packet.
+    pub line: u32,
 }
 
 /// A rule in force.

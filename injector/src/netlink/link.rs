@@ -291,6 +291,18 @@ pub fn create_veth(
     )
 }
 
+/// Makes an ifb with the given hardware address and MTU.
+pub fn create_ifb(name: &str, mac: [u8; 6], mtu: u32) -> Result<(), NetlinkError> {
+    create(
+        &format!("create the ifb {name}"),
+        on(0)
+            .string(IFLA_IFNAME, name)
+            .bytes(IFLA_ADDRESS, &mac)
+            .u32(IFLA_MTU, mtu)
+            .nest(IFLA_LINKINFO, |info| info.string(IFLA_INFO_KIND, "ifb")),
+    )
+}
+
 /// Makes a bridge, with the kernel's default settings (no spanning tree).
 pub fn create_bridge(name: &str) -> Result<(), NetlinkError> {
     create(

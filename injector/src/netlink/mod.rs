@@ -6,6 +6,7 @@ mod address;
 mod attribute;
 mod bpf;
 mod error;
+mod ethtool;
 mod link;
 mod nsid;
 mod overlap;
@@ -17,15 +18,16 @@ pub use self::{
     address::{add_address, addresses},
     bpf::{Program, program, program_by_id, tcx_programs},
     error::NetlinkError,
+    ethtool::complete_packets,
     link::{
-        Link, LinkKind, LinkStats, create_bridge, create_veth, create_vlan, delete_link,
-        link_by_index, link_by_name, link_kind, links, set_master, set_up,
+        Link, LinkKind, LinkStats, create_bridge, create_ifb, create_veth, create_vlan,
+        delete_link, link_by_index, link_by_name, link_kind, links, set_master, set_up,
     },
     overlap::double_pass,
     route::{Route, outgoing, routes},
     tc::{
-        BpfFilter, Created, Filter, Hook, HookQdisc, NewFilter, add_clsact, attach, chains,
-        delete_clsact, detach, filters, has_clsact, hook_qdisc,
+        BpfFilter, Created, Filter, Hook, HookQdisc, NewFilter, QdiscStats, add_clsact, add_fq,
+        attach, chains, delete_clsact, detach, filters, has_clsact, hook_qdisc, root_stats,
     },
 };
 pub(crate) use self::{

@@ -33,6 +33,17 @@ const TCA_BPF_FLAGS: u16 = 8;
 const TCA_BPF_TAG: u16 = 10;
 const TCA_BPF_ID: u16 = 11;
 const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
+const TCA_STATS2: u16 = 7;
+const TCA_STATS_QUEUE: u16 = 3;
+const TCA_FQ_PLIMIT: u16 = 1;
+const TCA_FQ_FLOW_PLIMIT: u16 = 2;
+const TCA_FQ_RATE_ENABLE: u16 = 5;
+const TCA_FQ_BUCKETS_LOG: u16 = 8;
+const TCA_FQ_ORPHAN_MASK: u16 = 10;
+const TCA_FQ_HORIZON: u16 = 14;
+/// Trees over which fq spreads its flows, as a power of two; 16 bytes each.
+const FQ_BUCKETS_LOG: u32 = 14;
+const TC_H_ROOT: u32 = 0xffff_ffff;
 const TC_H_CLSACT: u32 = 0xffff_fff1;
 const CLSACT_HANDLE: u32 = 0xffff_0000;
 const ETH_P_ALL: u16 = 3;
@@ -427,6 +438,82 @@ pub(crate) fn add_root_qdisc(ifindex: u32, kind: &str) -> Result<(), NetlinkErro
     Connection::open(&what)?
         .request(&what, RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &request)
         .map(|_| ())
+}
+
+/// Adds an fq that paces by departure times alone, as the root of an interface. It holds `limit` packets at
+/// most, of one flow or of many.
+pub fn add_fq(ifindex: u32, limit: u32) -> Result<(), NetlinkError> {
+    let what = format!("add qdisc fq to interface {ifindex}");
+    let request = Header {
+        ifindex,
+        parent: TC_H_ROOT,
+        ..Header::default()
+    }
+    .message()
+    .string(TCA_KIND, "fq")
+    .nest(TCA_OPTIONS, |options| {
+        options
+            .u32(TCA_FQ_PLIMIT, limit)
+            .u32(TCA_FQ_FLOW_PLIMIT, limit)
+            .u32(TCA_FQ_RATE_ENABLE, 0)
+            .u32(TCA_FQ_BUCKETS_LOG, FQ_BUCKETS_LOG)
+            // Every packet has a hash of our making. With the default, 1023, flows would share queues, and
+            // wait for each other's departure times.
+            .u32(TCA_FQ_ORPHAN_MASK, u32::MAX)
+            // Microseconds; rules hold for less.
+            .u32(TCA_FQ_HORIZON, u32::MAX)
+    })
+    .into_bytes();
+    Connection::open(&what)?
+        .request(&what, RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &request)
+        .map(|_| ())
+}
+
+/// Counters of a qdisc.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QdiscStats {
+    /// Packets that it holds.
+    pub queued_packets: u64,
+    /// Their bytes.
+    pub queued_bytes: u64,
+    /// Packets that it dropped, since it was made.
+    pub dropped_packets: u64,
+}
+
+/// The counters of an interface's root qdisc.
+pub fn root_stats(ifindex: u32) -> Result<QdiscStats, NetlinkError> {
+    let what = format!("read the counters of the qdisc of interface {ifindex}");
+    let request = Header {
+        ifindex,
+        ..Header::default()
+    }
+    .message()
+    .into_bytes();
+    for (_, message) in Connection::open(&what)?.dump(&what, RTM_GETQDISC, &request)? {
+        let Some(header) = Header::parse(&message) else {
+            continue;
+        };
+        if header.ifindex != ifindex || header.parent != TC_H_ROOT {
+            continue;
+        }
+        let attributes = Attributes::after(HEADER, &message)
+            .and_then(|attributes| attributes.nested(TCA_STATS2))
+            .map_err(|error| malformed(&what, &error))?;
+        // struct gnet_stats_queue: qlen, backlog, drops, requeues, overlimits.
+        let queue = attributes.get(TCA_STATS_QUEUE).unwrap_or_default();
+        let field = |at: usize| {
+            queue
+                .get(at..at + 4)
+                .and_then(|bytes| bytes.try_into().ok())
+                .map_or(0, |bytes| u64::from(u32::from_ne_bytes(bytes)))
+        };
+        return Ok(QdiscStats {
+            queued_packets: field(0),
+            queued_bytes: field(4),
+            dropped_packets: field(8),
+        });
+    }
+    Ok(QdiscStats::default())
 }
 
 #[cfg(test)]

@@ -67,7 +67,11 @@ impl From<&Rule> for RuleSpec {
                 }
                 .to_owned()
             }),
-            fault: FaultSpec::from(&rule.fault),
+            fault: {
+                let mut fault = FaultSpec::from(&rule.fault);
+                rule.shaping.write(&mut fault);
+                fault
+            },
             lifetime: rule.lifetime.map(duration::format),
             flap: rule.flap.as_ref().map(flap::format),
             seed: Some(rule.seed),
@@ -115,6 +119,7 @@ impl From<&Fault> for FaultSpec {
                 drop_once: true,
                 ..nothing
             },
+            Fault::None => nothing,
         }
     }
 }

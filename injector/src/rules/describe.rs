@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::{
     model::{Direction, Fault, Rule, Selector},
+    shaping::Shaping,
     spec::RuleSpec,
 };
 
@@ -30,7 +31,21 @@ impl Fault {
                 format!("drop by pattern {text} in each flow, {how}")
             }
             Fault::DropOnce => "drop one packet".to_owned(),
+            Fault::None => "drop nothing".to_owned(),
         }
+    }
+}
+
+impl Rule {
+    /// What happens to the packets, in words: `cut`, `delay 100ms, lose 1%`.
+    #[must_use]
+    pub fn describe_faults(&self) -> String {
+        let mut parts = Vec::new();
+        if self.fault != Fault::None {
+            parts.push(self.fault.describe());
+        }
+        parts.extend(self.shaping.describe());
+        parts.join(", ")
     }
 }
 
@@ -63,6 +78,7 @@ impl Selector {
             interfaces: Vec::new(),
             selector: self.clone(),
             fault: Fault::Cut,
+            shaping: Shaping::default(),
             lifetime: None,
             flap: None,
             seed: 0,

@@ -6,6 +6,8 @@ use std::{ops::RangeInclusive, time::Duration};
 
 use ipnet::IpNet;
 
+use super::shaping::Shaping;
+
 /// One rule: which packets, what happens to them, for how long.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
@@ -21,8 +23,10 @@ pub struct Rule {
     pub interfaces: Vec<String>,
     /// Which packets.
     pub selector: Selector,
-    /// What happens to them.
+    /// Which of them are lost, by their position.
     pub fault: Fault,
+    /// What else happens to them, in a lane.
+    pub shaping: Shaping,
     /// How long the rule acts, from activation. `None`: until healed.
     pub lifetime: Option<Duration>,
     /// On and off in turn.
@@ -223,6 +227,8 @@ pub enum Fault {
     /// One shot: the first packet that matches the rule, in whichever flow and direction, is lost, and
     /// no other.
     DropOnce,
+    /// None is lost for its position.
+    None,
 }
 
 /// A link that flaps: up (the fault does not act), then down (it acts), over and over, beginning with

@@ -58,6 +58,13 @@ pub fn generate_name(rule: &Rule) -> String {
         Fault::DropEvery(_) => "drop-every",
         Fault::DropPattern { .. } => "drop-pattern",
         Fault::DropOnce => "drop-once",
+        Fault::None if rule.shaping.delay.is_some() => "delay",
+        Fault::None if rule.shaping.rate.is_some() => "rate",
+        Fault::None if rule.shaping.stall.is_some() => "stall",
+        Fault::None if rule.shaping.mtu_blackhole.is_some() => "mtu-blackhole",
+        Fault::None if rule.shaping.loss.is_some() => "loss",
+        Fault::None if rule.shaping.duplicate.is_some() => "duplicate",
+        Fault::None => "reorder",
     };
     format!("{kind}-{hash:08x}")
 }

@@ -165,7 +165,8 @@ pub struct RuleSpec {
     pub unprotected: bool,
 }
 
-/// What happens to the packets of a rule, as text: exactly one of the faults.
+/// What happens to the packets of a rule, as text: at least one of the faults, and at most one of those that go
+/// by position (from `cut` to `drop_once`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FaultSpec {
@@ -190,6 +191,63 @@ pub struct FaultSpec {
     /// The first packet that matches the rule is lost, and no other.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub drop_once: bool,
+    /// Packets are lost by chance: `1%`, `gemodel:p,r[,1-h[,1-k]]`, `state:p13[,p31[,p32[,p23[,p14]]]]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<String>,
+    /// Packets are duplicated by chance: `2%`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duplicate: Option<String>,
+    /// Copies of a duplicated packet, besides the original; 1 where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copies: Option<u32>,
+    /// What copies leave after the original: `3s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_delay: Option<String>,
+    /// Packets are delayed: `100ms`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delay: Option<String>,
+    /// The delay varies: `20ms`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jitter: Option<String>,
+    /// How it varies: `uniform` (the default), `normal`, `pareto`, `paretonormal`, `exponential`, `lognormal`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distribution: Option<String>,
+    /// How much a delay is like the one before: `25%`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correlation: Option<String>,
+    /// `keep` (the default): no packet overtakes an earlier one of its flow; `free`: each leaves at its time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<String>,
+    /// Packets are held back by chance: `5%`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reorder: Option<String>,
+    /// For how long: `3ms`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold: Option<String>,
+    /// IP packets longer than so many bytes are lost, and no ICMP message says so: `1400`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu_blackhole: Option<u32>,
+    /// Packets go through a line of so many bits per second: `10mbit`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<String>,
+    /// What waits in front of it at most: `100ms` (the default), `64kb`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue: Option<String>,
+    /// Bytes by which a packet is longer on the line than its frame; 0 where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overhead: Option<u32>,
+    /// Which packets share a line: `rule` (the default), `flow` or `peer`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<String>,
+    /// Packets that wait longer are marked (ECN): `5ms`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ecn: Option<String>,
+    /// Everything is held for so long, then let go at once: `15s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stall: Option<String>,
+    /// So again and again: `60s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub every: Option<String>,
 }
 
 impl FaultSpec {
@@ -307,9 +365,9 @@ mod tests {
             error.to_string().contains("unknown field `interface`"),
             "{error}"
         );
-        let error = serde_json::from_str::<RuleSpec>(r#"{"fault":{"loss":1}}"#).unwrap_err();
+        let error = serde_json::from_str::<RuleSpec>(r#"{"fault":{"lose":1}}"#).unwrap_err();
         assert!(
-            error.to_string().contains("unknown field `loss`"),
+            error.to_string().contains("unknown field `lose`"),
             "{error}"
         );
     }

@@ -11,6 +11,7 @@ use super::{
         MAX_LENGTH_RANGES, MAX_MARKS, MAX_PATTERN_BITS, NetnsRef, Protocol, Rule, Selector,
     },
     name,
+    shaping::Shaping,
     spec::{FaultSpec, RuleSpec},
     text::{
         address, dscp, duration, entries, flap, icmp, mark, netns, protocol, range, share,
@@ -25,7 +26,9 @@ const TCP: Protocol = Protocol::Ip(6);
 const ICMP: Protocol = Protocol::Ip(1);
 const ICMPV6: Protocol = Protocol::Ip(58);
 
-const ONE_FAULT: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once";
+const ONE_POSITION: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once";
+const FAULTS: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once; \
+                      and any of loss, duplicate, delay, reorder";
 
 /// Draws a seed. Seeds stay below 2^53, which JSON readers that know only floating point numbers
 /// keep exact.
@@ -48,6 +51,7 @@ impl RuleSpec {
             interfaces: interfaces(&self.iface)?,
             selector: selector(self)?,
             fault: fault(&self.fault)?,
+            shaping: Shaping::parse(&self.fault)?,
             lifetime: optional("for", self.lifetime.as_ref(), lifetime)?,
             flap: optional("flap", self.flap.as_ref(), flap::parse)?,
             seed: self.seed.unwrap_or_else(draw_seed),
@@ -270,12 +274,13 @@ fn fault(spec: &FaultSpec) -> Result<Fault, SpecError> {
         return Err(SpecError::field(
             "fault",
             format!("{} are given together", names.join(" and ")),
-            format!("{ONE_FAULT}; give a rule of its own to each"),
+            format!("{ONE_POSITION}; give a rule of its own to each"),
         ));
     }
     match found.pop() {
         Some((_, fault)) => Ok(fault),
-        None => Err(SpecError::field("fault", "none is given", ONE_FAULT)),
+        None if spec.is_empty() => Err(SpecError::field("fault", "none is given", FAULTS)),
+        None => Ok(Fault::None),
     }
 }
 

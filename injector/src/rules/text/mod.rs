@@ -11,6 +11,7 @@ pub mod netns;
 pub mod number;
 pub mod protocol;
 pub mod range;
+pub mod rate;
 pub mod share;
 pub mod tcp_flags;
 

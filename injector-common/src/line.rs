@@ -1,0 +1,676 @@
+//! The decision about one wire packet in a lane: which rules it meets was settled at its target's hook, what
+//! each of them does to it is settled here, in fixed stages.
+//!
+//! 1. cut, positional loss, length, random loss;
+//! 2. duplication;
+//! 3. rate and queue;
+//! 4. delay, holding back;
+//! 5. stall.
+//!
+//! Every rule takes part in each stage, in the order of its slot. Delays add up, losses are independent.
+
+use crate::{
+    decide::{
+        Step, Tables, Work, acts, candidates, count_matched, every, follow_fragment, identify,
+        matched, ordinal, read_once,
+    },
+    fate,
+    layout::{
+        DISTRIBUTION_NORMAL, DISTRIBUTION_NORMAL_CDF, FlowKey, MAX_CANDIDATES, MAX_COPIES,
+        MAX_SLOTS, RuleCounters, RuleEntry, Shape, StateKey, fault, hook, identity, rate_share,
+        stage, state_site,
+    },
+    packet::{Fragment, Packet, Unparsed, parse},
+    segments::{Meta, Segments},
+    shape::{self, Memory, purpose},
+};
+
+const _: () = assert!(MAX_CANDIDATES.is_power_of_two());
+
+/// Packets that one can become: itself and its copies.
+pub const SENT: usize = MAX_COPIES as usize + 1;
+
+/// What a packet brings along from its target's hook.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Entry {
+    /// When its sender wants it to leave (a paced one), `CLOCK_MONOTONIC` in nanoseconds; 0 for at once.
+    pub departure_ns: u64,
+    /// When its connection was seen to begin ([`Work::connection`]).
+    pub connection: u64,
+}
+
+/// What becomes of a packet in a lane.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Line {
+    /// By candidate: its number under the rule, from 1; 0 if the rule does not act on it.
+    pub n: [u64; MAX_CANDIDATES],
+    /// By candidate: the flow's random stream under the rule.
+    pub stream: [u64; MAX_CANDIDATES],
+    /// By candidate: the normal deviate of its delay, under rules with correlation.
+    pub deviate: [i64; MAX_CANDIDATES],
+    /// Whether it is lost.
+    pub lost: u32,
+    /// Its copies.
+    pub copies: u32,
+    /// Whether it may be overtaken and overtake.
+    pub free: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// [`stage`] of the rules that act on it, together.
+    pub stages: u32,
+    /// Whether it is to be marked (ECN).
+    pub mark: u32,
+    /// When the copy at hand is through the lines of the rules so far; 0 if it was lost there.
+    pub at_ns: u64,
+    /// The copy at hand; 0 is the original.
+    pub copy: u64,
+    /// When its way through the lane begins: now, or when its sender wants it to leave.
+    pub begin_ns: u64,
+    /// Delay of the copy at hand.
+    pub delay_ns: u64,
+    /// By copy, the original first: delay after the original's.
+    pub after_ns: [u64; SENT],
+    /// By copy, the original first: when it leaves, `CLOCK_MONOTONIC` in nanoseconds; 0 if it was lost.
+    pub leaves_ns: [u64; SENT],
+}
+
+/// What to do with a packet in a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LineOutcome {
+    /// It is lost.
+    Lost,
+    /// More of it can be read now: the same decision is to be made again.
+    Again,
+    /// It goes on, as [`Work::line`] says.
+    Sent,
+    /// It goes on at once: it could not be decided.
+    Undecided,
+}
+
+/// Decides about a packet in a lane, and counts.
+#[inline(always)]
+pub fn line<P: Packet, T: Tables>(
+    packet: &mut P,
+    meta: Meta,
+    entry: Entry,
+    tables: &T,
+) -> LineOutcome {
+    let (Some(config), Some(target), Some(counters), Some(work)) = (
+        tables.config(),
+        tables.target(u32::from(meta.target)),
+        tables.target_counters(u32::from(meta.target) * 2 + (meta.hook & 1)),
+        tables.work(),
+    ) else {
+        return LineOutcome::Undecided;
+    };
+    // SAFETY: valid by `Tables`, and the caller's alone.
+    let (counters, work) = unsafe { (&mut *counters, &mut *work) };
+    let epoch = read_once!(config, epoch);
+    work.meta = meta;
+    work.epoch = epoch;
+    work.copy = (epoch & 1) as u32;
+    // SAFETY: valid by `Tables`; user space changes only the copy that is not in force.
+    work.bitmap = unsafe { (*target).bitmap[work.copy as usize & 1][meta.hook as usize & 1] };
+    let parsed = parse(
+        packet,
+        read_once!(target, l2_length),
+        meta.protocol,
+        &mut work.parsed,
+    );
+    if parsed == Err(Unparsed::Truncated) && packet.pull() {
+        return LineOutcome::Again;
+    }
+    if parsed.is_err() {
+        counters.errors += 1;
+        counters.passed_packets += 1;
+        return LineOutcome::Undecided;
+    }
+    work.segments = Segments::of(&work.parsed, &work.meta);
+    let packets = u64::from(work.segments.count);
+    work.connection = entry.connection;
+    work.orphans = 0;
+    let site = meta.target << 1 | meta.hook as u16;
+    if work.parsed.fragment != Fragment::Whole {
+        follow_fragment(tables, work, site);
+    }
+    work.parsed.write_flow(&mut work.key);
+    // Read back, so that the verifier does not follow each combination of its bits.
+    let how = read_once!(&raw const work.key, site);
+    work.key.site = site | how;
+    work.full = 0;
+    work.idle_lease = 0;
+    work.missing = 0;
+    work.found.count = 0;
+    if epoch != 0 && candidates(tables, work).is_err() {
+        work.missing = 1;
+    }
+    work.now_ns = tables.now_ns();
+    work.lapsed = u32::from(work.now_ns >= read_once!(config, lease_until_ns));
+    let line = &mut work.line;
+    line.lost = 0;
+    line.copies = 0;
+    line.free = 0;
+    line.stages = 0;
+    line.mark = 0;
+    line.begin_ns = if entry.departure_ns > work.now_ns {
+        entry.departure_ns
+    } else {
+        work.now_ns
+    };
+    line.after_ns[0] = 0;
+    if work.missing == 0 && work.found.count != 0 {
+        tables.repeat::<Strike>(work.found.count, work);
+        if work.line.lost == 0 {
+            tables.repeat::<Copy>(work.line.copies + 1, work);
+        }
+    } else {
+        work.line.leaves_ns[0] = work.line.begin_ns;
+    }
+    counters.table_full += u64::from(work.full);
+    if work.missing != 0 {
+        counters.errors += 1;
+    }
+    if work.line.lost != 0 || work.line.leaves_ns[0] == 0 {
+        counters.cut_packets += packets;
+        // Copies may have found room where the original did not.
+        if work.line.lost != 0 || work.line.copies == 0 {
+            return LineOutcome::Lost;
+        }
+        return LineOutcome::Sent;
+    }
+    counters.passed_packets += packets;
+    if work.idle_lease != 0 {
+        counters.lapsed_packets += packets;
+    }
+    if work.line.free == 0 {
+        keep_order(tables, work);
+        for copy in 1..SENT {
+            // Copies without a delay of their own travel with the original.
+            if work.line.after_ns[copy] == 0 && work.line.leaves_ns[copy] != 0 {
+                work.line.leaves_ns[copy] = work.line.leaves_ns[0];
+            }
+        }
+    }
+    LineOutcome::Sent
+}
+
+/// Lets no packet leave before an earlier one of its flow whose order is kept.
+#[inline(always)]
+fn keep_order<T: Tables>(tables: &T, work: &mut Work) {
+    let mut leaves = work.line.leaves_ns[0];
+    let held = if leaves > work.now_ns {
+        tables.hold(&work.key)
+    } else {
+        tables.held(&work.key)
+    };
+    let Some(held) = held else {
+        return;
+    };
+    // SAFETY: valid by `Tables`.
+    let place = unsafe { &raw mut (*held).until_ns };
+    // A later packet of the same flow on another CPU may come between; three times in a row it does not.
+    for _ in 0..3 {
+        let until = read_once!(held, until_ns);
+        if until >= leaves {
+            leaves = until;
+            break;
+        }
+        // SAFETY: as above.
+        if unsafe { tables.exchange(place, until, leaves) } == until {
+            break;
+        }
+    }
+    work.line.leaves_ns[0] = leaves;
+}
+
+/// The first two stages of one rule a round.
+struct Strike;
+
+impl Step for Strike {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
+        // A mask, which the verifier understands; there are no more rounds than candidates.
+        let at = index as usize & (MAX_CANDIDATES - 1);
+        work.line.n[at] = 0;
+        let slot = u32::from(work.found.slots[at]);
+        let (Some(rule), Some(shape), Some(counters)) = (
+            tables.rule(work.copy * MAX_SLOTS + slot),
+            tables.shape(work.copy * MAX_SLOTS + slot),
+            tables.rule_counters(slot * 2 + (work.meta.hook & 1)),
+        ) else {
+            work.missing = 1;
+            return false;
+        };
+        // SAFETY: valid by `Tables`; what is in force is not written, counters are per CPU.
+        unsafe { strike(tables, &*rule, &*shape, work, &mut *counters, at) };
+        true
+    }
+}
+
+#[inline(always)]
+fn strike<T: Tables>(
+    tables: &T,
+    rule: &RuleEntry,
+    shape: &Shape,
+    work: &mut Work,
+    counters: &mut RuleCounters,
+    at: usize,
+) {
+    let matched = matched(rule, work);
+    let packets = u64::from(matched.packets);
+    if packets == 0 || !acts(rule, work, counters, packets) {
+        return;
+    }
+    let frame = u64::from(work.parsed.network_offset);
+    count_matched(work, counters, packets, matched.bytes + packets * frame);
+    identify(rule, work);
+    let Some((state, created)) = tables.remember(&work.state, work.now_ns) else {
+        // Without state nothing is drawn: only what does not depend on it happens.
+        counters.stateless_packets += packets;
+        work.full += 1;
+        if rule.fault == fault::CUT {
+            lose(work, counters, packets, matched.bytes + packets * frame);
+        }
+        return;
+    };
+    if created {
+        counters.flows += 1;
+    }
+    // SAFETY: valid by `Tables`. Whoever computes the stream comes to the same.
+    let mut stream = read_once!(state, stream);
+    if stream == 0 && shape.stages != 0 {
+        work.kept = work.state;
+        let ordinal = if rule.identity == identity::ORDINAL {
+            work.state.flow = work.key;
+            let number = ordinal(tables, work);
+            work.state = work.kept;
+            fate::make_service(&mut work.state.flow);
+            number
+        } else {
+            0
+        };
+        work.state.flow.site = 0;
+        stream = shape::stream(rule, &work.state.flow, work.meta.hook, ordinal);
+        work.state = work.kept;
+        // SAFETY: as above.
+        unsafe { core::ptr::write_volatile(&raw mut (*state).stream, stream) };
+    }
+    work.line.stream[at] = stream;
+    // SAFETY: as above.
+    let place = unsafe { &raw mut (*state).n };
+    let (n, lost) = if shape::remembers(shape) {
+        advance_memory(tables, rule, shape, work, place, at)
+    } else {
+        // SAFETY: as above.
+        let n = unsafe { tables.increment(place, packets) } + 1;
+        let lost = shape.stages & stage::LOSS != 0
+            && shape::loss(shape, 0, shape::draw(rule, stream, n, purpose::LOSS)).0;
+        (n, lost)
+    };
+    work.line.n[at] = n;
+    work.line.stages |= shape.stages;
+    let hits = if rule.fault == fault::ONCE {
+        once(tables, rule, work, packets)
+    } else {
+        fate::hits(rule, n - 1, packets)
+    };
+    if hits != 0 {
+        lose(work, counters, hits, matched.bytes + packets * frame);
+        counters.excess_packets += u64::from(work.segments.count) - hits;
+    }
+    if shape.stages & stage::MTU != 0 && work.segments.last_length > shape.mtu {
+        counters.too_long_packets += packets;
+        work.line.lost = 1;
+    }
+    if lost {
+        counters.lost_packets += packets;
+        work.line.lost = 1;
+    }
+    if shape.stages & stage::DUPLICATE != 0
+        && shape::upper(shape::draw(rule, stream, n, purpose::CHANCE)) < shape.duplicate
+    {
+        counters.duplicated_packets += packets;
+        add_copies(work, shape, counters);
+    }
+}
+
+#[inline(always)]
+fn lose(work: &mut Work, counters: &mut RuleCounters, packets: u64, bytes: u64) {
+    counters.cut_packets += packets;
+    counters.cut_bytes += bytes;
+    work.line.lost = 1;
+}
+
+/// One shot: the first packet of the whole rule.
+#[inline(always)]
+fn once<T: Tables>(tables: &T, rule: &RuleEntry, work: &mut Work, packets: u64) -> u64 {
+    work.kept = work.state;
+    work.state.flow = FlowKey {
+        site: state_site::RULE,
+        ..FlowKey::default()
+    };
+    let before = tables
+        .advance(&work.state, packets, work.now_ns)
+        .map_or(1, |advanced| advanced.before);
+    work.state = work.kept;
+    fate::hits(rule, before, packets)
+}
+
+#[inline(always)]
+fn add_copies(work: &mut Work, shape: &Shape, counters: &mut RuleCounters) {
+    for number in 0..MAX_COPIES {
+        let at = work.line.copies as usize + 1;
+        if number >= shape.copies || at >= SENT {
+            break;
+        }
+        work.line.after_ns[at] = shape.copy_delay_ns;
+        work.line.copies = at as u32;
+        counters.copies += 1;
+    }
+}
+
+/// Advances a memory that is more than a number, as a whole: the packet's number, and whether it is lost.
+#[inline(always)]
+fn advance_memory<T: Tables>(
+    tables: &T,
+    rule: &RuleEntry,
+    shape: &Shape,
+    work: &mut Work,
+    place: *mut u64,
+    at: usize,
+) -> (u64, bool) {
+    let stream = work.line.stream[at];
+    let mut n = 1;
+    let mut lost = false;
+    // Another CPU may advance it in between; four times in a row it does not.
+    for _ in 0..4 {
+        // SAFETY: `place` is of a state, valid by `Tables`.
+        let old = unsafe { core::ptr::read_volatile(place) };
+        let memory = Memory(old);
+        n = memory.n() + 1;
+        let mut state = 0;
+        if shape.stages & stage::LOSS != 0 {
+            let draw = shape::draw(rule, stream, n, purpose::LOSS);
+            (lost, state) = shape::loss(shape, memory.loss(), draw);
+        }
+        let mut deviate = 0;
+        if shape.correlation != 0
+            && let Some(normal) = tables.distribution(DISTRIBUTION_NORMAL)
+        {
+            let draw = shape::upper(shape::draw(rule, stream, n, purpose::DELAY));
+            // SAFETY: valid by `Tables`; tables in use are not written.
+            let innovation = unsafe { shape::quantile(&*normal, draw) };
+            deviate = if n == 1 {
+                shape::first_deviate(innovation)
+            } else {
+                shape::correlate(shape, memory.deviate(), innovation)
+            };
+            work.line.deviate[at] = deviate;
+        }
+        let new = Memory::new(n, state, deviate);
+        // SAFETY: as above.
+        if unsafe { tables.exchange(place, old, new.0) } == old {
+            break;
+        }
+    }
+    (n, lost)
+}
+
+/// The last stage: one copy a round, the original first.
+struct Copy;
+
+impl Step for Copy {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
+        let at = index as usize;
+        if at >= SENT {
+            return false;
+        }
+        work.line.copy = u64::from(index);
+        work.line.delay_ns = work.line.after_ns[at];
+        work.line.at_ns = work.line.begin_ns;
+        let stages = work.line.stages;
+        if stages & stage::RATE != 0 {
+            tables.repeat::<Queue>(work.found.count, work);
+        }
+        if work.line.at_ns != 0 {
+            if stages & (stage::DELAY | stage::REORDER) != 0 {
+                tables.repeat::<Delay>(work.found.count, work);
+            }
+            work.line.at_ns += work.line.delay_ns;
+            if stages & stage::STALL != 0 {
+                tables.repeat::<Stall>(work.found.count, work);
+            }
+        }
+        // Read back: what was compared with the bound before the loops is not known to the verifier any more.
+        let at = work.line.copy as usize;
+        if at >= SENT {
+            return false;
+        }
+        work.line.leaves_ns[at] = work.line.at_ns;
+        true
+    }
+}
+
+/// A rule that acts on the packet at hand: its entry, shape and counters.
+struct Acting<'a> {
+    rule: &'a RuleEntry,
+    shape: &'a Shape,
+    counters: &'a mut RuleCounters,
+}
+
+/// The candidate `at`, if it acts and has one of these stages.
+#[inline(always)]
+fn acting<'a, T: Tables>(
+    tables: &'a T,
+    work: &mut Work,
+    at: usize,
+    stages: u32,
+) -> Option<Acting<'a>> {
+    if work.line.n[at] == 0 {
+        return None;
+    }
+    let slot = u32::from(work.found.slots[at]);
+    let (Some(rule), Some(shape), Some(counters)) = (
+        tables.rule(work.copy * MAX_SLOTS + slot),
+        tables.shape(work.copy * MAX_SLOTS + slot),
+        tables.rule_counters(slot * 2 + (work.meta.hook & 1)),
+    ) else {
+        work.missing = 1;
+        return None;
+    };
+    // SAFETY: valid by `Tables`; what is in force is not written, counters are per CPU.
+    let (rule, shape, counters) = unsafe { (&*rule, &*shape, &mut *counters) };
+    (shape.stages & stages != 0).then_some(Acting {
+        rule,
+        shape,
+        counters,
+    })
+}
+
+/// The line of one rule a round.
+struct Queue;
+
+impl Step for Queue {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
+        // A mask, which the verifier understands; there are no more rounds than candidates.
+        let at = index as usize & (MAX_CANDIDATES - 1);
+        if let Some(acting) = acting(tables, work, at, stage::RATE) {
+            queue(tables, acting, work);
+        }
+        work.line.at_ns != 0
+    }
+}
+
+/// Sends the copy at hand through a rule's line: it waits until the line is free, and is on it for as long as its
+/// bytes take.
+#[inline(always)]
+fn queue<T: Tables>(tables: &T, acting: Acting<'_>, work: &mut Work) {
+    let Acting {
+        rule,
+        shape,
+        counters,
+    } = acting;
+    work.state = StateKey {
+        flow: work.key,
+        activation: rule.activation,
+        reserved: 0,
+    };
+    if shape.rate_share != rate_share::FLOW {
+        work.state.flow = FlowKey::default();
+    }
+    if shape.rate_share == rate_share::PEER {
+        work.state.flow.low = if work.meta.hook == hook::EGRESS {
+            work.parsed.destination
+        } else {
+            work.parsed.source
+        };
+        work.state.flow.kind = work.key.kind;
+    }
+    work.state.flow.site = state_site::LINE + (work.meta.hook & 1) as u16;
+    let Some((state, _)) = tables.remember(&work.state, work.now_ns) else {
+        work.full += 1;
+        counters.stateless_packets += 1;
+        return;
+    };
+    let bytes = work.segments.last_length + work.parsed.network_offset + shape.overhead;
+    let time = shape::line_time(shape, u64::from(bytes));
+    // SAFETY: valid by `Tables`.
+    let place = unsafe { &raw mut (*state).n };
+    let arrives = work.line.at_ns;
+    counters.queued_packets += 1;
+    // Another CPU may send a packet in between; eight times in a row it does not.
+    for _ in 0..8 {
+        // SAFETY: as above.
+        let free = unsafe { core::ptr::read_volatile(place) };
+        let begins = if free > arrives { free } else { arrives };
+        let waits = begins - arrives;
+        if waits > shape.queue_ns {
+            counters.overflow_packets += 1;
+            work.line.at_ns = 0;
+            return;
+        }
+        let ends = begins + time;
+        // SAFETY: as above.
+        if unsafe { tables.exchange(place, free, ends) } == free {
+            counters.queued_ns += waits;
+            if waits > shape.ecn_ns {
+                counters.marked_packets += 1;
+                work.line.mark = 1;
+            }
+            work.line.at_ns = ends;
+            return;
+        }
+    }
+}
+
+/// The stall of one rule a round.
+struct Stall;
+
+impl Step for Stall {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
+        // A mask, which the verifier understands; there are no more rounds than candidates.
+        let at = index as usize & (MAX_CANDIDATES - 1);
+        if let Some(acting) = acting(tables, work, at, stage::STALL) {
+            let until =
+                shape::stalled_until(acting.shape, acting.rule.activated_ns, work.line.at_ns);
+            if until != 0 {
+                acting.counters.stalled_packets += u64::from(work.segments.count);
+                work.line.at_ns = until;
+            }
+        }
+        true
+    }
+}
+
+/// What one rule a round adds to the delay of the copy at hand.
+struct Delay;
+
+impl Step for Delay {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
+        // A mask, which the verifier understands; there are no more rounds than candidates.
+        let at = index as usize & (MAX_CANDIDATES - 1);
+        if let Some(acting) = acting(tables, work, at, stage::DELAY | stage::REORDER) {
+            delay(tables, acting.rule, acting.shape, work, acting.counters, at);
+        }
+        true
+    }
+}
+
+#[inline(always)]
+fn delay<T: Tables>(
+    tables: &T,
+    rule: &RuleEntry,
+    shape: &Shape,
+    work: &mut Work,
+    counters: &mut RuleCounters,
+    at: usize,
+) {
+    let original = work.line.copy == 0;
+    let packets = u64::from(every(&work.segments).packets);
+    let (stream, n) = (work.line.stream[at], work.line.n[at]);
+    if shape.stages & stage::DELAY != 0 {
+        let delay_ns = if shape.jitter_ns == 0 {
+            shape.delay_ns
+        } else {
+            drawn(tables, rule, shape, work, at)
+        };
+        work.line.delay_ns += delay_ns;
+        if shape.free_order != 0 {
+            work.line.free = 1;
+        }
+        if original {
+            counters.delayed_packets += packets;
+            counters.delayed_ns += packets * delay_ns;
+        }
+    }
+    if original
+        && shape.stages & stage::REORDER != 0
+        && shape::lower(shape::draw(rule, stream, n, purpose::CHANCE)) < shape.reorder
+    {
+        work.line.delay_ns += shape.hold_ns;
+        work.line.free = 1;
+        counters.reordered_packets += packets;
+    }
+}
+
+/// A delay with jitter.
+#[inline(always)]
+fn drawn<T: Tables>(
+    tables: &T,
+    rule: &RuleEntry,
+    shape: &Shape,
+    work: &mut Work,
+    at: usize,
+) -> u64 {
+    let probability = if shape.correlation != 0 && work.line.copy == 0 {
+        let Some(table) = tables.distribution(DISTRIBUTION_NORMAL_CDF) else {
+            work.missing = 1;
+            return shape.delay_ns;
+        };
+        // SAFETY: valid by `Tables`; tables in use are not written.
+        unsafe { shape::below(&*table, work.line.deviate[at]) }
+    } else {
+        let purpose = purpose::DELAY + work.line.copy;
+        shape::upper(shape::draw(
+            rule,
+            work.line.stream[at],
+            work.line.n[at],
+            purpose,
+        ))
+    };
+    let value = if shape::has_table(shape) {
+        let Some(table) = tables.distribution(shape.distribution) else {
+            work.missing = 1;
+            return shape.delay_ns;
+        };
+        // SAFETY: as above.
+        unsafe { shape::quantile(&*table, probability) }
+    } else {
+        shape::uniform(probability)
+    };
+    shape::delayed(shape, value)
+}

@@ -1,0 +1,380 @@
+//! The lane of a network namespace: the private devices through which packets go that are to be delayed,
+//! queued, lost by chance, duplicated or held back.
+//!
+//! ```text
+//! inj-segmenter   VLAN 1 on inj-carrier, offloads off: super-packets leave it as wire packets
+//! inj-line        VLAN 2 on inj-carrier, root qdisc fq: each wire packet's fate, and its departure time
+//! inj-carrier     an ifb; its egress program redirects everything by the VLAN's number, so that nothing ever
+//!                 reaches the device itself
+//! ```
+//!
+//! Nobody's address is on them, and nothing but our packets is on their way through them: what else turns up
+//! is dropped and counted. They go as a whole when the carrier is deleted.
+
+use std::{
+    fs, io,
+    os::fd::BorrowedFd,
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use injector_common::layout::lane_vlan;
+
+use crate::{
+    journal::{Change, Entry, EntryId, Journal, JournalError, boot_id},
+    netlink::{self, Hook, NetlinkError, NewFilter, QdiscStats},
+    netns::{Netns, NetnsError},
+};
+
+/// Name of the carrier.
+pub const CARRIER: &str = "inj-carrier";
+const SEGMENTER: &str = "inj-segmenter";
+const LINE: &str = "inj-line";
+
+/// Longer than any packet: what passes is already cut to its target's MTU.
+const MTU: u32 = 65_535;
+/// How long the queue may take to empty when nothing is held any more.
+const EMPTYING: Duration = Duration::from_millis(500);
+
+/// Why there is no lane.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LaneError {
+    /// The namespace could not be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The journal could not be written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The kernel lacks what it takes.
+    #[error(
+        "delays, random loss and other faults of single packets need {what}, which this kernel does not offer: \
+         {source}; load or install the kernel module {module}"
+    )]
+    Unsupported {
+        /// What is lacking.
+        what: &'static str,
+        /// The module that has it.
+        module: &'static str,
+        /// What the kernel said.
+        source: NetlinkError,
+    },
+    /// There is a device of its name.
+    #[error(
+        "network namespace {netns} has a device {name} that is not of this daemon; if no other injector runs \
+         there, delete it (`ip link delete {name}`)"
+    )]
+    Taken {
+        /// The namespace.
+        netns: String,
+        /// The name.
+        name: &'static str,
+    },
+    /// The kernel refused.
+    #[error("cannot make a lane in network namespace {netns}: {source}")]
+    Netlink {
+        /// The namespace.
+        netns: String,
+        /// What was tried, and what went wrong.
+        source: NetlinkError,
+    },
+    /// A setting of a device could not be made.
+    #[error("cannot make a lane in network namespace {netns}: writing {path} failed: {source}")]
+    Setting {
+        /// The namespace.
+        netns: String,
+        /// The file.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// How a lane is to be made.
+#[derive(Debug, Clone, Copy)]
+pub struct LaneConfig<'a> {
+    /// The program for the carrier.
+    pub carrier: BorrowedFd<'a>,
+    /// The program for the line.
+    pub line: BorrowedFd<'a>,
+    /// Packets that it holds at most.
+    pub limit: u32,
+}
+
+/// What a lane holds and has dropped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LaneQueue {
+    /// The queue of its line.
+    pub qdisc: QdiscStats,
+    /// Packets that it can hold.
+    pub capacity_packets: u64,
+    /// Packets that its devices dropped.
+    pub device_drops: u64,
+}
+
+/// A lane. Dropping it removes it as well as it can.
+#[derive(Debug)]
+pub struct Lane {
+    netns: Netns,
+    journal: Arc<Journal>,
+    entry: Option<(EntryId, Entry)>,
+    limit: u32,
+    /// Interface index of the segmenter.
+    pub segmenter: u32,
+    /// Interface index of the line.
+    pub line: u32,
+}
+
+impl Lane {
+    /// Makes the lane of a namespace. It is in the journal before it is made; a failure undoes what there is.
+    pub fn make(
+        netns: &Netns,
+        journal: &Arc<Journal>,
+        config: &LaneConfig<'_>,
+    ) -> Result<Self, LaneError> {
+        // A locally administered address (bit 1 of the first byte) by which the carrier is known again.
+        let mut mac = [0x02, 0, 0, 0, 0, 0];
+        mac[1..].copy_from_slice(&rand::random::<[u8; 5]>());
+        let entry = Entry {
+            boot_id: boot_id()?,
+            pid: std::process::id(),
+            netns: netns.id,
+            netns_path: netns.path.clone(),
+            ifindex: 0,
+            ifname: CARRIER.to_owned(),
+            mac: netlink::hexadecimal(&mac),
+            change: Change::Lane,
+        };
+        let mut lane = Self {
+            netns: netns.clone(),
+            journal: Arc::clone(journal),
+            entry: None,
+            limit: config.limit,
+            segmenter: 0,
+            line: 0,
+        };
+        netns.run(|| lane.build(entry, mac, config))??;
+        Ok(lane)
+    }
+
+    fn build(
+        &mut self,
+        entry: Entry,
+        mac: [u8; 6],
+        config: &LaneConfig<'_>,
+    ) -> Result<(), LaneError> {
+        for name in [CARRIER, SEGMENTER, LINE] {
+            if netlink::link_by_name(name)
+                .map_err(|source| self.failed(source))?
+                .is_some()
+            {
+                return Err(LaneError::Taken {
+                    netns: self.netns.to_string(),
+                    name,
+                });
+            }
+        }
+        let id = self.journal.record(&entry)?;
+        // From here on dropping this takes back what there is.
+        self.entry = Some((id, entry));
+        // A VLAN device takes from its parent whether packets lose their route on it
+        // (`vlan_newlink`, net/8021q/vlan_netlink.c). On a veth they do, and a packet of a loopback device
+        // that comes back without is a martian; on an ifb they do not (`ifb_setup`, drivers/net/ifb.c, 6.1).
+        netlink::create_ifb(CARRIER, mac, MTU).map_err(|source| {
+            lacking("ifb devices", "ifb", source).unwrap_or_else(|source| self.failed(source))
+        })?;
+        let carrier = self.index(CARRIER)?;
+        for (name, number) in [(SEGMENTER, lane_vlan::SEGMENTER), (LINE, lane_vlan::LINE)] {
+            netlink::create_vlan(name, carrier, number).map_err(|source| {
+                lacking("VLAN devices", "8021q", source)
+                    .unwrap_or_else(|source| self.failed(source))
+            })?;
+        }
+        let (segmenter, line) = (self.index(SEGMENTER)?, self.index(LINE)?);
+        for name in [CARRIER, SEGMENTER, LINE] {
+            self.mute(name)?;
+        }
+        netlink::complete_packets(SEGMENTER).map_err(|source| self.failed(source))?;
+        netlink::add_fq(line, config.limit).map_err(|source| {
+            lacking("the fq qdisc", "sch_fq", source).unwrap_or_else(|source| self.failed(source))
+        })?;
+        for (index, program, name) in [
+            (carrier, config.carrier, "injector_carrier"),
+            (line, config.line, "injector_line"),
+        ] {
+            netlink::add_clsact(index)
+                .and_then(|_| {
+                    let filter = NewFilter {
+                        program,
+                        name,
+                        priority: 1,
+                        handle: 1,
+                        classid: 0,
+                    };
+                    netlink::attach(index, Hook::Egress, &filter)
+                })
+                .map_err(|source| self.failed(source))?;
+        }
+        for index in [carrier, segmenter, line] {
+            netlink::set_up(index).map_err(|source| self.failed(source))?;
+        }
+        self.await_carriers(&[segmenter, line])?;
+        (self.segmenter, self.line) = (segmenter, line);
+        Ok(())
+    }
+
+    /// A VLAN device passes packets on only once its carrier's is seen to be up.
+    fn await_carriers(&self, indices: &[u32]) -> Result<(), LaneError> {
+        let began = Instant::now();
+        while began.elapsed() < EMPTYING {
+            let mut running = true;
+            for index in indices {
+                running &= netlink::link_by_index(*index)
+                    .map_err(|source| self.failed(source))?
+                    .is_some_and(|link| link.running);
+            }
+            if running {
+                break;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Keeps the kernel from sending anything of its own through a device.
+    fn mute(&self, name: &str) -> Result<(), LaneError> {
+        let path = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
+        if !Path::new(&path).exists() {
+            // A kernel without IPv6.
+            return Ok(());
+        }
+        fs::write(&path, "1").map_err(|source| LaneError::Setting {
+            netns: self.netns.to_string(),
+            path,
+            source,
+        })
+    }
+
+    fn index(&self, name: &str) -> Result<u32, LaneError> {
+        match netlink::link_by_name(name).map_err(|source| self.failed(source))? {
+            Some(link) => Ok(link.index),
+            None => Err(LaneError::Setting {
+                netns: self.netns.to_string(),
+                path: name.to_owned(),
+                source: io::ErrorKind::NotFound.into(),
+            }),
+        }
+    }
+
+    fn failed(&self, source: NetlinkError) -> LaneError {
+        LaneError::Netlink {
+            netns: self.netns.to_string(),
+            source,
+        }
+    }
+
+    /// The namespace that it is in.
+    #[must_use]
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// What it holds and has dropped.
+    pub fn queue(&self) -> Result<LaneQueue, LaneError> {
+        let (qdisc, links) = self
+            .netns
+            .run(|| -> Result<_, NetlinkError> {
+                let links = [CARRIER, SEGMENTER, LINE]
+                    .into_iter()
+                    .map(netlink::link_by_name)
+                    .collect::<Result<Vec<_>, _>>()?;
+                Ok((netlink::root_stats(self.line)?, links))
+            })?
+            .map_err(|source| self.failed(source))?;
+        Ok(LaneQueue {
+            qdisc,
+            capacity_packets: u64::from(self.limit),
+            device_drops: links
+                .into_iter()
+                .flatten()
+                .map(|link| link.stats.tx_dropped + link.stats.rx_dropped)
+                .sum(),
+        })
+    }
+
+    /// Waits, for a moment, until its queue is empty: for packets that leave now.
+    fn await_empty(&self) {
+        let began = Instant::now();
+        while began.elapsed() < EMPTYING
+            && matches!(self.queue(), Ok(queue) if queue.qdisc.queued_packets > 0)
+        {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Removes it. Packets that are due leave before; what is still held beyond is lost, and their number is
+    /// given. After an error it can be tried again.
+    pub fn remove(&mut self, held_for: Duration) -> Result<u64, LaneError> {
+        let Some((id, entry)) = self.entry.take() else {
+            return Ok(0);
+        };
+        if held_for.is_zero() {
+            self.await_empty();
+        }
+        let lost = self.queue().map_or(0, |queue| queue.qdisc.queued_packets);
+        let removed = self.netns.run(|| delete(&entry));
+        match removed {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) if error.is_no_device() => {}
+            Err(error) if error.is_gone() => {}
+            Ok(Err(error)) => {
+                self.entry = Some((id, entry));
+                return Err(self.failed(error));
+            }
+            Err(error) => {
+                self.entry = Some((id, entry));
+                return Err(error.into());
+            }
+        }
+        // If this cannot be written the next recovery finds nothing to do: no harm.
+        let _ = self.journal.done(id);
+        Ok(lost)
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove(Duration::from_millis(1)) {
+            tracing::warn!("cannot remove a lane: {error}");
+        }
+    }
+}
+
+/// Deletes the carrier that an entry is about, and with it the lane; whether it was there.
+pub(crate) fn delete(entry: &Entry) -> Result<bool, NetlinkError> {
+    match netlink::link_by_name(&entry.ifname)? {
+        Some(link) if netlink::hexadecimal(&link.mac) == entry.mac => {
+            netlink::delete_link(link.index)?;
+            Ok(true)
+        }
+        _ => Ok(false),
+    }
+}
+
+/// An error that says that the kernel lacks a kind of device or qdisc; else the error itself.
+fn lacking(
+    what: &'static str,
+    module: &'static str,
+    source: NetlinkError,
+) -> Result<LaneError, NetlinkError> {
+    match source.errno() {
+        Some(libc::EOPNOTSUPP | libc::ENOENT) => Ok(LaneError::Unsupported {
+            what,
+            module,
+            source,
+        }),
+        _ => Err(source),
+    }
+}

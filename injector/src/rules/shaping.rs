@@ -1,0 +1,806 @@
+//! Faults that a lane gives to single wire packets: loss by chance, duplication, delay, holding back. Their
+//! values, and their text form both ways.
+
+use std::{fmt::Write as _, time::Duration};
+
+use super::{
+    error::{Problem, SpecError},
+    spec::FaultSpec,
+    text::{duration, rate, share},
+};
+
+/// What a rule does to packets besides cutting them. Stages act in the order of the fields, each for itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Shaping {
+    /// The longest IP packet that passes, in bytes.
+    pub mtu_blackhole: Option<u32>,
+    /// Loss by chance.
+    pub loss: Option<Loss>,
+    /// Duplication.
+    pub duplicate: Option<Duplicate>,
+    /// A line of limited rate.
+    pub rate: Option<Rate>,
+    /// Delay.
+    pub delay: Option<Delay>,
+    /// Holding some packets back.
+    pub reorder: Option<Reorder>,
+    /// Holding everything for a while.
+    pub stall: Option<Stall>,
+}
+
+/// Loss by chance, with netem's models and parameters. Probabilities are thresholds from 0 to 2^32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// Each packet for itself.
+    Bernoulli(u64),
+    /// Gilbert-Elliott: two states, good and bad.
+    GilbertElliott {
+        /// From good to bad (p).
+        to_bad: u64,
+        /// From bad to good (r).
+        to_good: u64,
+        /// Loss in the bad state (1-h).
+        in_bad: u64,
+        /// Loss in the good state (1-k).
+        in_good: u64,
+    },
+    /// Four states: 1 received in a gap, 2 received in a burst, 3 lost in a burst, 4 lost in a gap.
+    FourStates {
+        /// From 1 to 3.
+        p13: u64,
+        /// From 3 to 1.
+        p31: u64,
+        /// From 3 to 2.
+        p32: u64,
+        /// From 2 to 3.
+        p23: u64,
+        /// From 1 to 4.
+        p14: u64,
+    },
+}
+
+/// Duplication.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Duplicate {
+    /// Of each packet, a threshold from 1 to 2^32.
+    pub probability: u64,
+    /// Copies besides the original: 1 to 8.
+    pub copies: u32,
+    /// What they leave after it.
+    pub copy_delay: Duration,
+}
+
+/// Delay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delay {
+    /// Its mean (for [`Distribution::Exponential`] the least).
+    pub base: Duration,
+    /// Its spread: half the width of the uniform distribution, else the standard deviation. Zero for none.
+    pub jitter: Duration,
+    /// How it is spread.
+    pub distribution: Distribution,
+    /// With the delay of the packet before, in 2^16; below 2^16.
+    pub correlation: u32,
+    /// Whether a packet may overtake earlier ones of its flow.
+    pub order: Order,
+}
+
+/// Distributions of delay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, PartialOrd, Ord)]
+pub enum Distribution {
+    /// Evenly between mean less jitter and mean plus jitter.
+    #[default]
+    Uniform,
+    /// Gaussian.
+    Normal,
+    /// Pareto, shape 3, scaled to the standard deviation.
+    Pareto,
+    /// A quarter normal, three quarters Pareto, as netem mixes them.
+    ParetoNormal,
+    /// The jitter is the mean of what is added to the delay.
+    Exponential,
+    /// Log-normal, shape 1, scaled to the standard deviation.
+    LogNormal,
+}
+
+impl Distribution {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Uniform,
+        Self::Normal,
+        Self::Pareto,
+        Self::ParetoNormal,
+        Self::Exponential,
+        Self::LogNormal,
+    ];
+
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Uniform => "uniform",
+            Self::Normal => "normal",
+            Self::Pareto => "pareto",
+            Self::ParetoNormal => "paretonormal",
+            Self::Exponential => "exponential",
+            Self::LogNormal => "lognormal",
+        }
+    }
+}
+
+/// Order within a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum Order {
+    /// No packet overtakes an earlier one: it waits for it.
+    #[default]
+    Keep,
+    /// Each packet leaves at its own time.
+    Free,
+}
+
+/// Holding some packets back, while the others are not delayed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reorder {
+    /// Of each packet, a threshold from 1 to 2^32.
+    pub probability: u64,
+    /// For how long.
+    pub hold: Duration,
+}
+
+/// A line of limited rate, with a queue in front of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    /// Bits per second, of frames and [`Rate::overhead`].
+    pub bits: u64,
+    /// How much waits at most.
+    pub queue: QueueLimit,
+    /// Bytes by which a packet is longer on the line than its frame.
+    pub overhead: u32,
+    /// Which packets share a line.
+    pub share: RateShare,
+    /// Packets that wait longer are marked (ECN).
+    pub ecn: Option<Duration>,
+}
+
+/// How much waits in front of a line at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QueueLimit {
+    /// Packets that would have to wait longer are lost.
+    Time(Duration),
+    /// The same, in bytes.
+    Bytes(u64),
+}
+
+/// Which packets share a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum RateShare {
+    /// All of the rule, in one direction.
+    #[default]
+    Rule,
+    /// Those of a flow.
+    Flow,
+    /// Those of a peer.
+    Peer,
+}
+
+/// Holding everything, then letting it go at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stall {
+    /// For how long, from the rule's activation on.
+    pub length: Duration,
+    /// From the beginning of one stall to that of the next; one only where it is absent.
+    pub every: Option<Duration>,
+}
+
+/// The queue in front of a line where none is asked for.
+const DEFAULT_QUEUE: Duration = Duration::from_millis(100);
+
+/// Copies of one packet at most.
+pub const MAX_COPIES: u32 = injector_common::layout::MAX_COPIES;
+
+/// The longest that a fault may hold a packet: fq keeps horizons in 32 bits of microseconds
+/// (`TCA_FQ_HORIZON`, `include/uapi/linux/pkt_sched.h`), which is 71 minutes.
+pub const LONGEST_HOLD: Duration = Duration::from_hours(1);
+
+impl Shaping {
+    /// Whether it asks for nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether the fate of each wire packet is its own, so that super-packets have to be cut up. A constant
+    /// delay is the same for all of them.
+    #[must_use]
+    pub fn tells_packets_apart(&self) -> bool {
+        self.loss.is_some()
+            || self.mtu_blackhole.is_some()
+            || self.rate.is_some()
+            || self.duplicate.is_some()
+            || self.reorder.is_some()
+            || self
+                .delay
+                .as_ref()
+                .is_some_and(|delay| !delay.jitter.is_zero())
+    }
+
+    /// The longest that a packet may be held, spread included: distributions have no more than eight times the
+    /// jitter.
+    #[must_use]
+    pub fn longest_hold(&self) -> Duration {
+        let delay = self.delay.as_ref().map_or(Duration::ZERO, |delay| {
+            delay.base.saturating_add(delay.jitter.saturating_mul(8))
+        });
+        let copy = self.duplicate.map_or(Duration::ZERO, |one| one.copy_delay);
+        let hold = self.reorder.map_or(Duration::ZERO, |one| one.hold);
+        let queue = self.rate.map_or(Duration::ZERO, Rate::longest_wait);
+        let stall = self.stall.map_or(Duration::ZERO, |one| one.length);
+        [copy, hold, queue, stall]
+            .into_iter()
+            .fold(delay, Duration::saturating_add)
+    }
+
+    /// Reads the text form.
+    pub(super) fn parse(spec: &FaultSpec) -> Result<Self, SpecError> {
+        let shaping = Self {
+            mtu_blackhole: mtu(spec)?,
+            loss: field("loss", spec.loss.as_ref(), loss)?,
+            duplicate: duplicate(spec)?,
+            rate: rate_of(spec)?,
+            delay: delay(spec)?,
+            reorder: reorder(spec)?,
+            stall: stall(spec)?,
+        };
+        if shaping.longest_hold() > LONGEST_HOLD {
+            return Err(SpecError::field(
+                "delay",
+                "packets would be held for too long",
+                format!(
+                    "delay, eight times the jitter, copy_delay, hold, the queue and the stall together may be {} at \
+                     most",
+                    duration::format(LONGEST_HOLD)
+                ),
+            ));
+        }
+        Ok(shaping)
+    }
+
+    /// Writes the text form.
+    pub(super) fn write(&self, spec: &mut FaultSpec) {
+        spec.mtu_blackhole = self.mtu_blackhole;
+        spec.loss = self.loss.map(Loss::format);
+        if let Some(one) = self.rate {
+            spec.rate = Some(rate::format(one.bits));
+            spec.queue = (one.queue != QueueLimit::Time(DEFAULT_QUEUE)).then(|| one.queue.format());
+            spec.overhead = (one.overhead != 0).then_some(one.overhead);
+            spec.share = (one.share != RateShare::Rule).then(|| one.share.name().to_owned());
+            spec.ecn = one.ecn.map(duration::format);
+        }
+        if let Some(one) = self.stall {
+            spec.stall = Some(duration::format(one.length));
+            spec.every = one.every.map(duration::format);
+        }
+        if let Some(one) = self.duplicate {
+            spec.duplicate = Some(share::format(one.probability));
+            spec.copies = (one.copies != 1).then_some(one.copies);
+            spec.copy_delay = (!one.copy_delay.is_zero()).then(|| duration::format(one.copy_delay));
+        }
+        if let Some(delay) = &self.delay {
+            spec.delay = Some(duration::format(delay.base));
+            if !delay.jitter.is_zero() {
+                spec.jitter = Some(duration::format(delay.jitter));
+                spec.distribution = (delay.distribution != Distribution::Uniform)
+                    .then(|| delay.distribution.name().to_owned());
+                spec.correlation = (delay.correlation != 0)
+                    .then(|| share::format(u64::from(delay.correlation) << 16));
+            }
+            spec.order = (delay.order == Order::Free).then(|| "free".to_owned());
+        }
+        if let Some(one) = self.reorder {
+            spec.reorder = Some(share::format(one.probability));
+            spec.hold = Some(duration::format(one.hold));
+        }
+    }
+
+    /// In words, one text for each fault.
+    #[must_use]
+    pub fn describe(&self) -> Vec<String> {
+        let mut parts = Vec::new();
+        if let Some(mtu) = self.mtu_blackhole {
+            parts.push(format!("lose what is longer than {mtu} bytes"));
+        }
+        if let Some(loss) = self.loss {
+            parts.push(match loss {
+                Loss::Bernoulli(probability) => format!("lose {}", share::format(probability)),
+                _ => format!("lose by {}", loss.format()),
+            });
+        }
+        if let Some(one) = self.duplicate {
+            let mut text = format!("duplicate {}", share::format(one.probability));
+            if one.copies > 1 {
+                let _ = write!(text, " {} times", one.copies);
+            }
+            if !one.copy_delay.is_zero() {
+                let _ = write!(text, ", copies {} later", duration::format(one.copy_delay));
+            }
+            parts.push(text);
+        }
+        if let Some(one) = self.rate {
+            let mut text = format!("rate {}", rate::format(one.bits));
+            if one.share != RateShare::Rule {
+                let _ = write!(text, " per {}", one.share.name());
+            }
+            let _ = write!(text, " with a queue of {}", one.queue.format());
+            if let Some(ecn) = one.ecn {
+                let _ = write!(text, ", marked above {}", duration::format(ecn));
+            }
+            parts.push(text);
+        }
+        if let Some(delay) = &self.delay {
+            let mut text = format!("delay {}", duration::format(delay.base));
+            if !delay.jitter.is_zero() {
+                let _ = write!(
+                    text,
+                    " ± {} {}",
+                    duration::format(delay.jitter),
+                    delay.distribution.name()
+                );
+                if delay.correlation != 0 {
+                    let _ = write!(
+                        text,
+                        ", correlated {}",
+                        share::format(u64::from(delay.correlation) << 16)
+                    );
+                }
+                if delay.order == Order::Free {
+                    text.push_str(", in any order");
+                }
+            }
+            parts.push(text);
+        }
+        if let Some(one) = self.reorder {
+            parts.push(format!(
+                "hold {} back for {}",
+                share::format(one.probability),
+                duration::format(one.hold)
+            ));
+        }
+        if let Some(one) = self.stall {
+            let mut text = format!("stall for {}", duration::format(one.length));
+            if let Some(every) = one.every {
+                let _ = write!(text, " every {}", duration::format(every));
+            }
+            parts.push(text);
+        }
+        parts
+    }
+}
+
+impl Rate {
+    /// The longest that a packet waits for the line.
+    #[must_use]
+    pub fn longest_wait(self) -> Duration {
+        match self.queue {
+            QueueLimit::Time(time) => time,
+            QueueLimit::Bytes(bytes) => {
+                let nanoseconds = u128::from(bytes) * 8_000_000_000 / u128::from(self.bits.max(1));
+                Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
+            }
+        }
+    }
+}
+
+impl QueueLimit {
+    fn format(self) -> String {
+        match self {
+            Self::Time(time) => duration::format(time),
+            Self::Bytes(bytes) if bytes.is_multiple_of(1024) => format!("{}kb", bytes / 1024),
+            Self::Bytes(bytes) => format!("{bytes}b"),
+        }
+    }
+}
+
+impl RateShare {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Rule => "rule",
+            Self::Flow => "flow",
+            Self::Peer => "peer",
+        }
+    }
+}
+
+impl Loss {
+    fn format(self) -> String {
+        let list = |model: &str, values: &[u64]| {
+            let values: Vec<String> = values.iter().map(|value| percent(*value)).collect();
+            format!("{model}:{}", values.join(","))
+        };
+        match self {
+            Self::Bernoulli(probability) => share::format(probability),
+            Self::GilbertElliott {
+                to_bad,
+                to_good,
+                in_bad,
+                in_good,
+            } => list("gemodel", &[to_bad, to_good, in_bad, in_good]),
+            Self::FourStates {
+                p13,
+                p31,
+                p32,
+                p23,
+                p14,
+            } => list("state", &[p13, p31, p32, p23, p14]),
+        }
+    }
+}
+
+fn percent(probability: u64) -> String {
+    if probability == 0 {
+        "0%".to_owned()
+    } else {
+        share::format(probability)
+    }
+}
+
+/// A probability that may be zero.
+fn probability(text: &str) -> Result<u64, Problem> {
+    let text = text.trim();
+    if text == "0%" || text == "0" {
+        return Ok(0);
+    }
+    share::parse(text)
+}
+
+fn field<T>(
+    name: &'static str,
+    text: Option<&String>,
+    parse: impl FnOnce(&str) -> Result<T, Problem>,
+) -> Result<Option<T>, SpecError> {
+    text.map(|text| parse(text).map_err(|problem| problem.of(name, text)))
+        .transpose()
+}
+
+/// Complains about a field that only goes with another one.
+fn without(name: &'static str, given: bool, other: &str) -> Result<(), SpecError> {
+    if given {
+        return Err(SpecError::field(
+            name,
+            format!("goes with {other} only"),
+            format!("give {other} too, or leave {name} out"),
+        ));
+    }
+    Ok(())
+}
+
+fn loss(text: &str) -> Result<Loss, Problem> {
+    const ACCEPTED: &str = "a percentage (1%), gemodel:p,r[,1-h[,1-k]], or \
+                            state:p13[,p31[,p32[,p23[,p14]]]], each a percentage";
+    let Some((model, values)) = text.split_once(':') else {
+        return share::parse(text).map(Loss::Bernoulli);
+    };
+    let values = values
+        .split(',')
+        .map(probability)
+        .collect::<Result<Vec<u64>, Problem>>()?;
+    let at = |index: usize, default: u64| values.get(index).copied().unwrap_or(default);
+    let first = at(0, 0);
+    if first == 0 {
+        return Err(Problem::new("never loses a packet", ACCEPTED));
+    }
+    match model {
+        "gemodel" if values.len() <= 4 => Ok(Loss::GilbertElliott {
+            to_bad: first,
+            to_good: at(1, share::ALL - first),
+            in_bad: at(2, share::ALL),
+            in_good: at(3, 0),
+        }),
+        "state" if values.len() <= 5 => {
+            let (p13, p14) = (first, at(4, 0));
+            let (p31, p32) = (at(1, share::ALL - first), at(2, 0));
+            if p13 + p14 > share::ALL || p31 + p32 > share::ALL {
+                return Err(Problem::new(
+                    "a state is left with more than 100%",
+                    "p13 + p14 and p31 + p32 of at most 100% each",
+                ));
+            }
+            Ok(Loss::FourStates {
+                p13,
+                p31,
+                p32,
+                p23: at(3, share::ALL),
+                p14,
+            })
+        }
+        "gemodel" | "state" => Err(Problem::new("has too many values", ACCEPTED)),
+        other => Err(Problem::new(
+            format!("'{other}' is no model of loss"),
+            ACCEPTED,
+        )),
+    }
+}
+
+fn duplicate(spec: &FaultSpec) -> Result<Option<Duplicate>, SpecError> {
+    let Some(probability) = field("duplicate", spec.duplicate.as_ref(), share::parse)? else {
+        without("copies", spec.copies.is_some(), "duplicate")?;
+        without("copy_delay", spec.copy_delay.is_some(), "duplicate")?;
+        return Ok(None);
+    };
+    let copies = spec.copies.unwrap_or(1);
+    if copies == 0 || copies > MAX_COPIES {
+        let problem = Problem::new("is out of range", format!("1 to {MAX_COPIES} copies"));
+        return Err(problem.of("copies", &copies.to_string()));
+    }
+    Ok(Some(Duplicate {
+        probability,
+        copies,
+        copy_delay: field("copy_delay", spec.copy_delay.as_ref(), time)?.unwrap_or_default(),
+    }))
+}
+
+fn delay(spec: &FaultSpec) -> Result<Option<Delay>, SpecError> {
+    let Some(base) = field("delay", spec.delay.as_ref(), time)? else {
+        without("jitter", spec.jitter.is_some(), "delay")?;
+        without("distribution", spec.distribution.is_some(), "delay")?;
+        without("correlation", spec.correlation.is_some(), "delay")?;
+        without("order", spec.order.is_some(), "delay")?;
+        return Ok(None);
+    };
+    let jitter = field("jitter", spec.jitter.as_ref(), time)?.unwrap_or_default();
+    if base.is_zero() && jitter.is_zero() {
+        return Err(SpecError::field(
+            "delay",
+            "is no delay at all",
+            "a duration above zero, such as 100ms",
+        ));
+    }
+    if jitter.is_zero() {
+        without("distribution", spec.distribution.is_some(), "jitter")?;
+        without("correlation", spec.correlation.is_some(), "jitter")?;
+        without("order", spec.order.is_some(), "jitter")?;
+    }
+    let correlation = field("correlation", spec.correlation.as_ref(), |text| {
+        match probability(text)? >> 16 {
+            whole @ 0x1_0000.. => Err(Problem::new(
+                format!("{whole} of 65536 would repeat the first delay for ever"),
+                "0% to 99.99%",
+            )),
+            part => Ok(part),
+        }
+    })?;
+    Ok(Some(Delay {
+        base,
+        jitter,
+        distribution: field("distribution", spec.distribution.as_ref(), distribution)?
+            .unwrap_or_default(),
+        correlation: u32::try_from(correlation.unwrap_or(0)).unwrap_or(0),
+        order: field("order", spec.order.as_ref(), order)?.unwrap_or_default(),
+    }))
+}
+
+/// The least MTU of IPv4 is 68 bytes (RFC 791).
+fn mtu(spec: &FaultSpec) -> Result<Option<u32>, SpecError> {
+    match spec.mtu_blackhole {
+        Some(bytes) if !(68..=65_535).contains(&bytes) => {
+            let problem = Problem::new("is no MTU", "68 to 65535 bytes");
+            Err(problem.of("mtu_blackhole", &bytes.to_string()))
+        }
+        other => Ok(other),
+    }
+}
+
+fn rate_of(spec: &FaultSpec) -> Result<Option<Rate>, SpecError> {
+    let Some(bits) = field("rate", spec.rate.as_ref(), rate::parse)? else {
+        without("queue", spec.queue.is_some(), "rate")?;
+        without("overhead", spec.overhead.is_some(), "rate")?;
+        without("share", spec.share.is_some(), "rate")?;
+        without("ecn", spec.ecn.is_some(), "rate")?;
+        return Ok(None);
+    };
+    if spec.overhead.is_some_and(|bytes| bytes > 1000) {
+        let problem = Problem::new("is out of range", "0 to 1000 bytes");
+        return Err(problem.of("overhead", "more than 1000"));
+    }
+    Ok(Some(Rate {
+        bits,
+        queue: field("queue", spec.queue.as_ref(), queue)?
+            .unwrap_or(QueueLimit::Time(DEFAULT_QUEUE)),
+        overhead: spec.overhead.unwrap_or(0),
+        share: field("share", spec.share.as_ref(), |text| {
+            [RateShare::Rule, RateShare::Flow, RateShare::Peer]
+                .into_iter()
+                .find(|share| share.name() == text)
+                .ok_or_else(|| Problem::new("is nothing to share", "rule, flow or peer"))
+        })?
+        .unwrap_or_default(),
+        ecn: field("ecn", spec.ecn.as_ref(), time)?,
+    }))
+}
+
+fn queue(text: &str) -> Result<QueueLimit, Problem> {
+    const ACCEPTED: &str = "a time (100ms) or bytes (64kb, 1500b, 1mb; kb is 1024 bytes)";
+    let units = [("kb", 1024), ("mb", 1024 * 1024), ("b", 1)];
+    for (unit, bytes) in units {
+        if let Some(number) = text.strip_suffix(unit)
+            && number.bytes().all(|byte| byte.is_ascii_digit())
+        {
+            return number
+                .parse::<u64>()
+                .ok()
+                .and_then(|number| number.checked_mul(bytes))
+                .filter(|bytes| (1..=1 << 40).contains(bytes))
+                .map(QueueLimit::Bytes)
+                .ok_or_else(|| Problem::new("is not a length of a queue", ACCEPTED));
+        }
+    }
+    match duration::parse(text) {
+        Ok(time) => Ok(QueueLimit::Time(time)),
+        Err(_) => Err(Problem::new("is not a length of a queue", ACCEPTED)),
+    }
+}
+
+fn stall(spec: &FaultSpec) -> Result<Option<Stall>, SpecError> {
+    let Some(length) = field("stall", spec.stall.as_ref(), time)? else {
+        without("every", spec.every.is_some(), "stall")?;
+        return Ok(None);
+    };
+    let every = field("every", spec.every.as_ref(), time)?;
+    if length.is_zero() {
+        return Err(SpecError::field(
+            "stall",
+            "is no time at all",
+            "a duration above zero, such as 15s",
+        ));
+    }
+    if every.is_some_and(|every| every <= length) {
+        return Err(SpecError::field(
+            "every",
+            "a stall would begin before the one before has ended",
+            "a time longer than the stall",
+        ));
+    }
+    Ok(Some(Stall { length, every }))
+}
+
+fn reorder(spec: &FaultSpec) -> Result<Option<Reorder>, SpecError> {
+    let Some(probability) = field("reorder", spec.reorder.as_ref(), share::parse)? else {
+        without("hold", spec.hold.is_some(), "reorder")?;
+        return Ok(None);
+    };
+    let hold = field("hold", spec.hold.as_ref(), time)?.unwrap_or_default();
+    if hold.is_zero() {
+        return Err(SpecError::field(
+            "hold",
+            "is not given, so nothing would be held back",
+            "for how long the chosen packets are held back, such as 3ms",
+        ));
+    }
+    Ok(Some(Reorder { probability, hold }))
+}
+
+fn time(text: &str) -> Result<Duration, Problem> {
+    duration::parse(text)
+}
+
+fn distribution(text: &str) -> Result<Distribution, Problem> {
+    Distribution::ALL
+        .into_iter()
+        .find(|one| one.name() == text)
+        .ok_or_else(|| {
+            let names: Vec<&str> = Distribution::ALL.iter().map(|one| one.name()).collect();
+            Problem::new(
+                "is not a distribution",
+                format!("one of {}", names.join(", ")),
+            )
+        })
+}
+
+fn order(text: &str) -> Result<Order, Problem> {
+    match text {
+        "keep" => Ok(Order::Keep),
+        "free" => Ok(Order::Free),
+        _ => Err(Problem::new("is not an order", "keep or free")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(json: &str) -> Result<Shaping, SpecError> {
+        Shaping::parse(&serde_json::from_str(json).unwrap())
+    }
+
+    #[test]
+    fn texts_go_there_and_back() {
+        for text in [
+            r#"{"loss":"1%"}"#,
+            r#"{"loss":"gemodel:1%,10%,100%,0%"}"#,
+            r#"{"loss":"state:1%,20%,5%,90%,0.5%"}"#,
+            r#"{"duplicate":"2%"}"#,
+            r#"{"duplicate":"2%","copies":3,"copy_delay":"3s"}"#,
+            r#"{"delay":"100ms"}"#,
+            r#"{"delay":"100ms","jitter":"20ms"}"#,
+            r#"{"delay":"100ms","jitter":"20ms","distribution":"pareto","correlation":"25%","order":"free"}"#,
+            r#"{"reorder":"5%","hold":"3ms"}"#,
+            r#"{"mtu_blackhole":1400}"#,
+            r#"{"rate":"10mbit"}"#,
+            r#"{"rate":"10mbit","queue":"64kb","overhead":24,"share":"peer","ecn":"5ms"}"#,
+            r#"{"stall":"15s"}"#,
+            r#"{"stall":"15s","every":"1m"}"#,
+            r#"{"delay":"10ms","loss":"0.1%","duplicate":"1%","reorder":"5%","hold":"3ms"}"#,
+        ] {
+            let shaping = parsed(text).unwrap();
+            let mut spec = FaultSpec::default();
+            shaping.write(&mut spec);
+            assert_eq!(spec, serde_json::from_str(text).unwrap(), "{text}");
+            assert_eq!(Shaping::parse(&spec).unwrap(), shaping);
+            assert!(!shaping.describe().is_empty());
+        }
+    }
+
+    #[test]
+    fn defaults_are_those_of_netem() {
+        assert_eq!(
+            parsed(r#"{"loss":"gemodel:25%"}"#).unwrap().loss,
+            Some(Loss::GilbertElliott {
+                to_bad: 1 << 30,
+                to_good: 3 << 30,
+                in_bad: 1 << 32,
+                in_good: 0
+            })
+        );
+        assert_eq!(
+            parsed(r#"{"loss":"state:25%"}"#).unwrap().loss,
+            Some(Loss::FourStates {
+                p13: 1 << 30,
+                p31: 3 << 30,
+                p32: 0,
+                p23: 1 << 32,
+                p14: 0
+            })
+        );
+    }
+
+    #[test]
+    fn wrong_values_are_refused() {
+        for (text, field) in [
+            (r#"{"loss":"1"}"#, "loss"),
+            (r#"{"loss":"0%"}"#, "loss"),
+            (r#"{"loss":"101%"}"#, "loss"),
+            (r#"{"loss":"gemodel:0%,1%"}"#, "loss"),
+            (r#"{"loss":"gemodel:1%,1%,1%,1%,1%"}"#, "loss"),
+            (r#"{"loss":"markov:1%"}"#, "loss"),
+            (r#"{"loss":"state:60%,1%,1%,1%,60%"}"#, "loss"),
+            (r#"{"copies":2}"#, "copies"),
+            (r#"{"duplicate":"1%","copies":0}"#, "copies"),
+            (r#"{"duplicate":"1%","copies":9}"#, "copies"),
+            (r#"{"copy_delay":"1s"}"#, "copy_delay"),
+            (r#"{"jitter":"1s"}"#, "jitter"),
+            (r#"{"delay":"0s"}"#, "delay"),
+            (r#"{"delay":"2h"}"#, "delay"),
+            (r#"{"delay":"1s","distribution":"normal"}"#, "distribution"),
+            (r#"{"delay":"1s","order":"free"}"#, "order"),
+            (r#"{"delay":"1s","jitter":"1s","order":"none"}"#, "order"),
+            (
+                r#"{"delay":"1s","jitter":"1s","distribution":"cauchy"}"#,
+                "distribution",
+            ),
+            (
+                r#"{"delay":"1s","jitter":"1s","correlation":"100%"}"#,
+                "correlation",
+            ),
+            (r#"{"mtu_blackhole":10}"#, "mtu_blackhole"),
+            (r#"{"rate":"10"}"#, "rate"),
+            (r#"{"queue":"1s"}"#, "queue"),
+            (r#"{"rate":"1mbit","queue":"50p"}"#, "queue"),
+            (r#"{"rate":"1mbit","share":"host"}"#, "share"),
+            (r#"{"every":"1s"}"#, "every"),
+            (r#"{"stall":"2s","every":"1s"}"#, "every"),
+            (r#"{"hold":"1s"}"#, "hold"),
+            (r#"{"reorder":"1%"}"#, "hold"),
+        ] {
+            assert_eq!(parsed(text).unwrap_err().field, field, "{text}");
+        }
+    }
+}

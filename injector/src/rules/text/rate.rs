@@ -1,0 +1,84 @@
+//! Rates: `10mbit` in bits per second, without floating point.
+
+use crate::rules::error::Problem;
+
+/// Units in bits per second, from the largest to the smallest, as tc has them.
+const UNITS: [(&str, u64); 4] = [
+    ("gbit", 1_000_000_000),
+    ("mbit", 1_000_000),
+    ("kbit", 1_000),
+    ("bit", 1),
+];
+
+/// The lowest and the highest rate.
+const LEAST: u64 = 1_000;
+const MOST: u64 = 400_000_000_000;
+
+const ACCEPTED: &str = "a number with a unit (bit, kbit, mbit, gbit per second), such as 10mbit or 1.5mbit, from \
+                        1kbit to 400gbit";
+
+/// Reads a rate in bits per second.
+pub fn parse(text: &str) -> Result<u64, Problem> {
+    let text = text.trim().to_ascii_lowercase();
+    let (number, unit) = UNITS
+        .iter()
+        .find_map(|(name, unit)| text.strip_suffix(name).map(|number| (number, *unit)))
+        .ok_or_else(|| Problem::new("has no unit of a rate", ACCEPTED))?;
+    let wrong = || Problem::new("is not a rate", ACCEPTED);
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
+    let digits = |text: &str| {
+        (!text.is_empty() && text.len() <= 9 && text.bytes().all(|byte| byte.is_ascii_digit()))
+            .then(|| text.parse::<u64>().ok())
+            .flatten()
+    };
+    let scale = 10_u64.pow(u32::try_from(fraction.len()).map_err(|_| wrong())?.min(9));
+    let (whole, fraction) = (
+        digits(whole).ok_or_else(wrong)?,
+        digits(fraction).ok_or_else(wrong)?,
+    );
+    let bits = whole.saturating_mul(unit) + fraction * unit / scale;
+    if (LEAST..=MOST).contains(&bits) {
+        Ok(bits)
+    } else {
+        Err(Problem::new("is out of range", ACCEPTED))
+    }
+}
+
+/// Writes a rate in the largest unit that it is a whole number of.
+#[must_use]
+pub fn format(bits: u64) -> String {
+    let (name, unit) = UNITS
+        .into_iter()
+        .find(|(_, unit)| bits.is_multiple_of(*unit))
+        .unwrap_or(("bit", 1));
+    format!("{}{name}", bits / unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_and_back() {
+        for (text, bits) in [
+            ("10mbit", 10_000_000),
+            ("1kbit", 1_000),
+            ("400gbit", 400_000_000_000),
+            ("1500kbit", 1_500_000),
+            ("1234567bit", 1_234_567),
+        ] {
+            assert_eq!(parse(text).unwrap(), bits);
+            assert_eq!(format(bits), text);
+        }
+        assert_eq!(parse("1.5Mbit").unwrap(), 1_500_000);
+    }
+
+    #[test]
+    fn bad_rates() {
+        for bad in [
+            "", "10", "mbit", "10mbps", "1bit", "500gbit", "-1mbit", "1.mbit", "1e3mbit",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}
