@@ -6,6 +6,7 @@ use injector::rules::model::{
     AddrSet, ConnState, Direction, Fault, Flap, FlowIdentity, IpVersion, MAX_LENGTH_RANGES,
     MAX_MARKS, MAX_PATTERN_BITS, Mark, NetnsRef, Protocol, Rule, Selector, TcpFlags,
 };
+use injector::rules::shaping::Shaping;
 use ipnet::IpNet;
 use rand::RngExt as _;
 use rand_chacha::ChaCha8Rng;
@@ -37,6 +38,7 @@ pub fn plain_rule(name: &str, fault: Fault) -> Rule {
         interfaces: vec!["eth0".to_owned()],
         selector: Selector::default(),
         fault,
+        shaping: Shaping::default(),
         lifetime: None,
         flap: None,
         seed: 0,

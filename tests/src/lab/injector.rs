@@ -80,6 +80,24 @@ pub struct RuleCounters {
     pub lapsed_packets: u64,
     /// Decided without state.
     pub stateless_packets: u64,
+    /// Lost by chance.
+    pub lost_packets: u64,
+    /// Copies made.
+    pub copies: u64,
+    /// Delayed.
+    pub delayed_packets: u64,
+    /// Held back.
+    pub reordered_packets: u64,
+    /// Lost because they were too long.
+    pub too_long_packets: u64,
+    /// Lost because a line's queue was full.
+    pub overflow_packets: u64,
+    /// Through a line of limited rate.
+    pub queued_packets: u64,
+    /// Marked (ECN).
+    pub marked_packets: u64,
+    /// Held by a stall.
+    pub stalled_packets: u64,
     /// When the first packet matched, on the monotonic clock.
     pub first_ns: u64,
     /// When the last one did.
@@ -118,6 +136,10 @@ pub struct TargetCounters {
     pub table_full: u64,
     /// Matched while the lease had lapsed.
     pub lapsed_packets: u64,
+    /// Went into a lane.
+    pub lane_packets: u64,
+    /// Could not be sent into a lane.
+    pub lane_refused: u64,
 }
 
 /// What came by a target.
@@ -139,6 +161,28 @@ pub struct TargetStats {
     pub ingress: TargetCounters,
 }
 
+/// What a lane holds and lost.
+#[derive(Debug, Clone, Deserialize)]
+pub struct LaneStats {
+    /// Packets in its queue.
+    pub queued_packets: u64,
+    /// Packets that it dropped because it was full.
+    pub dropped_packets: u64,
+    /// Packets that its devices dropped.
+    pub device_drops: u64,
+}
+
+/// What lanes lost on the way.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct LaneLosses {
+    /// Packets of somebody else's.
+    pub strays: u64,
+    /// Copies that could not be sent.
+    pub copies: u64,
+    /// Packets that could not be brought back.
+    pub returns: u64,
+}
+
 /// Everything that `stats` says.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Stats {
@@ -148,9 +192,42 @@ pub struct Stats {
     pub targets: Vec<TargetStats>,
     /// How often the lease was found to have lapsed.
     pub lapses: u64,
+    /// Per lane.
+    pub lanes: Vec<LaneStats>,
+    /// What lanes lost on the way.
+    pub lane_losses: LaneLosses,
 }
 
 impl Stats {
+    /// Fails if a lane lost a packet that no rule took.
+    pub fn lanes_lost_nothing(&self) -> Result<()> {
+        let LaneLosses {
+            strays,
+            copies,
+            returns,
+        } = self.lane_losses;
+        let refused: u64 = self
+            .targets
+            .iter()
+            .map(|target| target.egress.lane_refused + target.ingress.lane_refused)
+            .sum();
+        let dropped: u64 = self
+            .lanes
+            .iter()
+            .map(|lane| lane.dropped_packets + lane.device_drops)
+            .sum();
+        let errors: u64 = self
+            .targets
+            .iter()
+            .map(|target| target.egress.errors + target.ingress.errors)
+            .sum();
+        ensure!(
+            strays + copies + returns + refused + dropped + errors == 0,
+            "a lane lost packets: {self:?}"
+        );
+        Ok(())
+    }
+
     /// One rule's numbers.
     pub fn rule(&self, name: &str) -> Result<&RuleStats> {
         self.rules

@@ -24,6 +24,7 @@ pub mod stream;
 pub mod sweep;
 pub mod tcp;
 pub mod tcx;
+pub mod timed;
 pub mod topology;
 pub mod transcript;
 pub mod trial;

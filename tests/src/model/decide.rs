@@ -428,5 +428,6 @@ fn hits(fault: &Fault, position: u64) -> bool {
             usize::try_from(index % length).is_ok_and(|index| bits[index])
         }
         Fault::DropOnce => position == 1,
+        Fault::None => false,
     }
 }

@@ -11,6 +11,7 @@
 mod compare;
 mod decide;
 mod flow;
+pub mod line;
 mod matching;
 mod packet;
 mod parse;

@@ -64,6 +64,8 @@ impl Meter {
             slot,
             link: LinkKind::Ethernet,
             loopback: false,
+            ifindex: 0,
+            lane: None,
         });
         let commit = self.plane.commit(&targets, &rules, &[])?;
         Ok((commit.prepared + commit.settled).as_secs_f64() * 1e3)

@@ -142,6 +142,8 @@ fn target(target: &crate::model::Target) -> TargetConfig {
             Link::Raw => LinkKind::Raw,
         },
         loopback: target.loopback,
+        ifindex: 0,
+        lane: None,
     }
 }
 

@@ -15,9 +15,9 @@ use injector::dataplane::{
 use injector_common::{
     decide::{Advanced, Step, Tables, Verdict, Work, decide},
     layout::{
-        Bitmap, Class, Config, Connection, FlowEntry, FlowKey, FragmentKey, MAX_EXEMPTIONS,
-        MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, State,
-        StateKey, Target, TargetCounters, Upper, family,
+        Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, FragmentKey, Held,
+        MAX_EXEMPTIONS, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry,
+        Shape, State, StateKey, Target, TargetCounters, Upper, family,
     },
     segments::Meta,
 };
@@ -65,7 +65,9 @@ struct Memory {
     classes: Table<Prefix, Class>,
     idle: RefCell<HashMap<FlowKey, u64>>,
     flows: Table<FlowKey, FlowEntry>,
-    states: RefCell<HashMap<StateKey, State>>,
+    states: Table<StateKey, State>,
+    held: Table<FlowKey, Held>,
+    distributions: HashMap<u32, Box<Distribution>>,
     connections: Table<FlowKey, Connection>,
     fragments: RefCell<HashMap<FragmentKey, Upper>>,
     rule_counters: Table<u32, RuleCounters>,
@@ -171,25 +173,82 @@ impl Tables for Memory {
     }
 
     fn advance(&self, key: &StateKey, by: u64, now_ns: u64) -> Option<Advanced> {
-        let mut states = self.states.borrow_mut();
-        let created = !states.contains_key(key);
-        let state = states.entry(*key).or_default();
-        let before = state.n;
-        *state = State {
-            n: before + by,
-            last_ns: now_ns,
-        };
+        let (state, created) = self.remember(key, now_ns)?;
+        // SAFETY: in the table, and nobody holds a reference to it.
+        let before = unsafe { self.increment(&raw mut (*state).n, by) };
         Some(Advanced { before, created })
     }
 
+    fn shape(&self, index: u32) -> Option<*const Shape> {
+        self.image
+            .shapes
+            .get(&self.in_copy(index, MAX_SLOTS))
+            .map(std::ptr::from_ref)
+    }
+
+    fn distribution(&self, index: u32) -> Option<*const Distribution> {
+        self.distributions
+            .get(&index)
+            .map(|table| std::ptr::from_ref(table.as_ref()))
+    }
+
+    fn remember(&self, key: &StateKey, now_ns: u64) -> Option<(*mut State, bool)> {
+        let created = pointer(&self.states, key).is_none();
+        if created {
+            put(&self.states, key, State::default());
+        }
+        let state = pointer(&self.states, key)?;
+        // SAFETY: in the table, and nobody holds a reference to it.
+        unsafe { (*state).last_ns = now_ns };
+        Some((state, created))
+    }
+
+    fn held(&self, flow: &FlowKey) -> Option<*mut Held> {
+        pointer(&self.held, flow)
+    }
+
+    fn hold(&self, flow: &FlowKey) -> Option<*mut Held> {
+        if pointer(&self.held, flow).is_none() {
+            put(&self.held, flow, Held::default());
+        }
+        pointer(&self.held, flow)
+    }
+
+    unsafe fn exchange(&self, word: *mut u64, old: u64, new: u64) -> u64 {
+        // SAFETY: as the caller promises; there is one thread.
+        unsafe {
+            let found = *word;
+            if found == old {
+                *word = new;
+            }
+            found
+        }
+    }
+
+    unsafe fn increment(&self, word: *mut u64, by: u64) -> u64 {
+        // SAFETY: as the caller promises; there is one thread.
+        unsafe {
+            let before = *word;
+            *word = before + by;
+            before
+        }
+    }
+
     fn state(&self, key: &StateKey) -> Option<u64> {
-        self.states.borrow().get(key).map(|state| state.n)
+        // SAFETY: in the table, and nobody holds a reference to it.
+        pointer(&self.states, key).map(|state| unsafe { (*state).n })
     }
 
     fn create_state(&self, key: &StateKey, n: u64, now_ns: u64) -> bool {
-        let mut states = self.states.borrow_mut();
-        let created = !states.contains_key(key);
-        states.entry(*key).or_insert(State { n, last_ns: now_ns });
+        let created = pointer(&self.states, key).is_none();
+        if created {
+            let state = State {
+                n,
+                last_ns: now_ns,
+                stream: 0,
+            };
+            put(&self.states, key, state);
+        }
         created
     }
 

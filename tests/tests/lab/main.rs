@@ -10,6 +10,7 @@ mod etcd;
 mod exec;
 mod host;
 mod isolation;
+mod lanes;
 mod machinery;
 mod positions;
 mod redis;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         share::tests,
         positions::tests,
         isolation::tests,
+        lanes::tests,
         targets::tests,
         exec::tests,
         bad_input::tests,

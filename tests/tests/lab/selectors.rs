@@ -15,7 +15,7 @@ use tests::lab::{
         self, ETH_EXPERIMENT, ETH_EXPERIMENT_2, ETH_IPV4, ETH_QINQ, ETH_VLAN, Extension, Layer4,
         Packet, flag,
     },
-    injector::{Injector, Mode, RuleCounters},
+    injector::{Injector, Mode, RuleCounters, RuleStats},
     packet_socket::{Receiver, Sender, numbers, on_one_cpu},
     tcp,
     topology::{Lab, Node},
@@ -66,10 +66,10 @@ impl Hook {
         }
     }
 
-    fn of(self, counters: (RuleCounters, RuleCounters)) -> RuleCounters {
+    fn of(self, rule: &RuleStats) -> RuleCounters {
         match self {
-            Self::Egress => counters.0,
-            Self::Ingress => counters.1,
+            Self::Egress => rule.egress,
+            Self::Ingress => rule.ingress,
         }
     }
 }
@@ -732,7 +732,7 @@ fn table(hook: Hook) -> Result<()> {
         let expected: BTreeSet<usize> = (0..row.hits.len()).collect();
         let stats = injector.stats()?;
         let found = stats.rule("row")?;
-        let counters = hook.of((found.egress, found.ingress));
+        let counters = hook.of(found);
         let count = u64::try_from(row.hits.len())?;
         if lost != expected || counters.matched_packets != count || counters.cut_packets != count {
             wrong.push(format!(

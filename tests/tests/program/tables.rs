@@ -88,6 +88,8 @@ impl Subject {
             slot: TARGET,
             link: LinkKind::Ethernet,
             loopback: false,
+            ifindex: 0,
+            lane: None,
         };
         self.plane.commit(&[target], &rules, &[])?;
         Ok(())
@@ -325,6 +327,8 @@ fn a_million_prefixes() -> Result<()> {
         slot: TARGET,
         link: LinkKind::Ethernet,
         loopback: false,
+        ifindex: 0,
+        lane: None,
     };
     let commit = subject
         .plane

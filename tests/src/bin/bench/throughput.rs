@@ -63,6 +63,8 @@ pub(crate) fn measure() -> Result<Report> {
         slot: target,
         link: LinkKind::Ethernet,
         loopback: false,
+        ifindex: 0,
+        lane: None,
     }];
     let others = OTHERS.rules(target, 1)?;
     let mut cases = ["nothing attached", "no rules", "1,000 rules for others"].map(|case| Case {

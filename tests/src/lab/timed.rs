@@ -1,0 +1,210 @@
+//! Numbered datagrams of which the kernel says when each arrived.
+
+use std::{
+    io::IoSliceMut,
+    net::{SocketAddr, UdpSocket},
+    os::fd::AsRawFd as _,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::{
+    errno::Errno,
+    sys::{
+        socket::{
+            ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt,
+            sockopt::{ReceiveTimestampns, UdpGsoSegment},
+        },
+        time::TimeSpec,
+    },
+    time::{ClockId, clock_gettime},
+};
+
+use super::{
+    topology::Node,
+    udp::{numbered, socket},
+};
+
+/// A datagram that was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sent {
+    /// Its number.
+    pub number: u32,
+    /// When, in nanoseconds of the clock of [`Arrived`].
+    pub at_ns: i64,
+}
+
+/// A datagram that arrived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrived {
+    /// Its number.
+    pub number: u32,
+    /// When the kernel saw it, in nanoseconds of the time of day.
+    pub at_ns: i64,
+}
+
+/// A one-way path between two nodes.
+#[derive(Debug)]
+pub struct Timed {
+    sender: UdpSocket,
+    receiver: UdpSocket,
+    /// Addresses and ports of its two ends.
+    pub ends: (SocketAddr, SocketAddr),
+}
+
+impl Timed {
+    /// Over IPv4.
+    pub fn v4(from: &Node, from_port: u16, to: &Node, to_port: u16) -> Result<Self> {
+        Self::between(from, from.at(from_port), to, to.at(to_port))
+    }
+
+    /// Over IPv6.
+    pub fn v6(from: &Node, from_port: u16, to: &Node, to_port: u16) -> Result<Self> {
+        Self::between(from, from.at6(from_port), to, to.at6(to_port))
+    }
+
+    fn between(from: &Node, source: SocketAddr, to: &Node, target: SocketAddr) -> Result<Self> {
+        let receiver = socket(&to.ns, target)?;
+        receiver.set_nonblocking(true)?;
+        setsockopt(&receiver, ReceiveTimestampns, &true).context("SO_TIMESTAMPNS")?;
+        let sender = socket(&from.ns, source)?;
+        sender.connect(target)?;
+        Ok(Self {
+            sender,
+            receiver,
+            ends: (source, target),
+        })
+    }
+
+    /// Sends datagrams of these numbers, one after the other, each so long after the one before.
+    pub fn send(&self, numbers: impl IntoIterator<Item = u32>, gap: Duration) -> Result<Vec<Sent>> {
+        let mut sent = Vec::new();
+        let began = Instant::now();
+        for (index, number) in (0_u32..).zip(numbers) {
+            while began.elapsed() < gap * index {
+                let left = (gap * index).saturating_sub(began.elapsed());
+                if left > Duration::from_millis(1) {
+                    thread::sleep(left.saturating_sub(Duration::from_micros(500)));
+                }
+            }
+            sent.push(Sent {
+                number,
+                at_ns: now_ns()?,
+            });
+            self.sender
+                .send(&numbered(number, 0, 64))
+                .with_context(|| format!("sending datagram {number}"))?;
+        }
+        Ok(sent)
+    }
+
+    /// Sends datagrams of these numbers as super-packets of up to `segments` of `size` bytes.
+    pub fn send_super_packets(
+        &self,
+        numbers: impl IntoIterator<Item = u32>,
+        segments: usize,
+        size: u16,
+    ) -> Result<()> {
+        let numbers: Vec<u32> = numbers.into_iter().collect();
+        setsockopt(&self.sender, UdpGsoSegment, &i32::from(size)).context("UDP_SEGMENT")?;
+        for group in numbers.chunks(segments) {
+            let bytes: Vec<u8> = group
+                .iter()
+                .flat_map(|&number| numbered(number, 0, usize::from(size)))
+                .collect();
+            self.sender.send(&bytes).context("sending a super-packet")?;
+        }
+        setsockopt(&self.sender, UdpGsoSegment, &0).context("UDP_SEGMENT")
+    }
+
+    /// What arrives, in its order, until there are `count` and then nothing more for `quiet`. Fails if there are
+    /// fewer after `within`.
+    pub fn receive(&self, count: usize, quiet: Duration, within: Duration) -> Result<Vec<Arrived>> {
+        let began = Instant::now();
+        let mut arrived = Vec::new();
+        let mut last = Instant::now();
+        loop {
+            match self.one()? {
+                Some(one) => {
+                    arrived.push(one);
+                    last = Instant::now();
+                }
+                None if arrived.len() >= count && last.elapsed() >= quiet => return Ok(arrived),
+                None if began.elapsed() > within => {
+                    bail!(
+                        "{} datagrams of {count} arrived within {within:?}: {:?}",
+                        arrived.len(),
+                        arrived.iter().map(|one| one.number).collect::<Vec<_>>()
+                    );
+                }
+                None => thread::sleep(Duration::from_micros(500)),
+            }
+        }
+    }
+
+    fn one(&self) -> Result<Option<Arrived>> {
+        let mut bytes = [0; 2048];
+        let mut space = nix::cmsg_space!(TimeSpec);
+        let mut slices = [IoSliceMut::new(&mut bytes)];
+        let message = match recvmsg::<SockaddrStorage>(
+            self.receiver.as_raw_fd(),
+            &mut slices,
+            Some(&mut space),
+            MsgFlags::MSG_DONTWAIT,
+        ) {
+            Ok(message) => message,
+            Err(Errno::EAGAIN) => return Ok(None),
+            Err(error) => return Err(error).context("receiving datagrams"),
+        };
+        let mut at_ns = None;
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmTimestampns(time) = control {
+                at_ns = Some(nanoseconds(time.tv_sec(), time.tv_nsec()));
+            }
+        }
+        let at_ns = at_ns.context("a datagram came without its time of arrival")?;
+        Ok(Some(Arrived {
+            number: u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+            at_ns,
+        }))
+    }
+}
+
+fn nanoseconds(seconds: i64, nanoseconds: i64) -> i64 {
+    seconds * 1_000_000_000 + nanoseconds
+}
+
+/// The time of day in nanoseconds.
+fn now_ns() -> Result<i64> {
+    let now = clock_gettime(ClockId::CLOCK_REALTIME).context("clock_gettime")?;
+    Ok(nanoseconds(now.tv_sec(), now.tv_nsec()))
+}
+
+/// How long each of the datagrams was under way, in milliseconds, in the order of arrival.
+#[must_use]
+pub fn delays(sent: &[Sent], arrived: &[Arrived]) -> Vec<f64> {
+    arrived
+        .iter()
+        .filter_map(|one| {
+            let sent = sent.iter().find(|sent| sent.number == one.number)?;
+            Some(milliseconds(one.at_ns - sent.at_ns))
+        })
+        .collect()
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "differences of times in a test are far below 2^52 ns"
+)]
+fn milliseconds(nanoseconds: i64) -> f64 {
+    nanoseconds as f64 / 1e6
+}
+
+/// The middle one of some values.
+#[must_use]
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}

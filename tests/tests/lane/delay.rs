@@ -1,0 +1,348 @@
+//! Delay: how exact, by which distribution, and that it does not slow the sender down.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use injector::{dataplane::distribution::quantile, rules::shaping::Distribution};
+use libtest_mimic::Trial;
+use tests::{
+    lab::{
+        injector::Injector,
+        tcp,
+        timed::{Timed, delays, median},
+        topology::{Lab, Node},
+        transcript::report,
+        trial::{Need, trial},
+    },
+    model::line::Stream,
+};
+
+pub(crate) fn tests() -> Vec<Trial> {
+    const NEEDS: &[Need] = &[Need::Root, Need::Injector];
+    vec![
+        trial(
+            "delay::constant_delays_are_exact",
+            NEEDS,
+            constant_delays_are_exact,
+        ),
+        trial("delay::twelve_seconds", NEEDS, twelve_seconds),
+        trial(
+            "delay::each_packet_gets_the_delay_that_its_number_draws",
+            NEEDS,
+            each_packet_gets_the_delay_that_its_number_draws,
+        ),
+        trial(
+            "delay::distributions_are_the_asked_ones",
+            NEEDS,
+            distributions_are_the_asked_ones,
+        ),
+        trial(
+            "delay::correlation_is_the_asked_one",
+            NEEDS,
+            correlation_is_the_asked_one,
+        ),
+        trial(
+            "delay::the_sender_is_not_slowed_down",
+            NEEDS,
+            the_sender_is_not_slowed_down,
+        ),
+        trial("delay::loopback", NEEDS, loopback),
+    ]
+}
+
+/// Later than asked by at most so much in the median, over the path without a rule: emulated machines keep time
+/// to about half a millisecond.
+const LATE_MS: f64 = 3.0;
+
+fn path(from: &Node, to: &Node, v6: bool) -> Result<Timed> {
+    if v6 {
+        Timed::v6(from, 6000, to, 7000)
+    } else {
+        Timed::v4(from, 6000, to, 7000)
+    }
+}
+
+fn constant_delays_are_exact() -> Result<()> {
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    for v6 in [false, true] {
+        for asked in [1.0, 10.0, 50.0, 200.0] {
+            for egress in [true, false] {
+                let (from, to) = if egress { (a, b) } else { (b, a) };
+                let path = path(from, to, v6)?;
+                let measure = || -> Result<f64> {
+                    let sent = path.send(1..=40, Duration::from_millis(3))?;
+                    let arrived = path.receive(40, Duration::ZERO, Duration::from_secs(10))?;
+                    let taken = delays(&sent, &arrived);
+                    let least = taken.iter().copied().fold(f64::INFINITY, f64::min);
+                    let median = median(&taken);
+                    Ok(if least < 0.0 { f64::NAN } else { median })
+                };
+                let bare = measure()?;
+                let direction = if egress { "--to" } else { "--from" };
+                let peer = if v6 {
+                    b.v6.to_string()
+                } else {
+                    b.v4.to_string()
+                };
+                injector.add(&format!(
+                    "slow --netns {} --iface eth0 {direction} {peer} --delay {asked}ms",
+                    a.netns()
+                ))?;
+                let slow = measure()?;
+                report(format!(
+                    "IPv6 {v6}, egress {egress}: asked {asked} ms, median {slow:.3} ms over {bare:.3} ms"
+                ));
+                ensure!(
+                    slow - bare > asked - LATE_MS / 2.0
+                        && slow - bare < asked + LATE_MS
+                        && slow >= asked,
+                    "asked {asked} ms, the median rose from {bare} to {slow} ms"
+                );
+                injector.stats()?.lanes_lost_nothing()?;
+                injector.json(&["heal", "slow"])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Beyond fq's usual horizon of ten seconds.
+fn twelve_seconds() -> Result<()> {
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    injector.add(&format!(
+        "slow --netns {} --iface eth0 --to {} --delay 12s",
+        a.netns(),
+        b.v4
+    ))?;
+    let path = Timed::v4(a, 6000, b, 7000)?;
+    let sent = path.send(1..=100, Duration::from_millis(1))?;
+    let arrived = path.receive(100, Duration::ZERO, Duration::from_secs(20))?;
+    let taken = delays(&sent, &arrived);
+    ensure!(
+        taken
+            .iter()
+            .all(|delay| *delay >= 12_000.0 && *delay < 12_500.0),
+        "{taken:?}"
+    );
+    injector.stats()?.lanes_lost_nothing()
+}
+
+fn each_packet_gets_the_delay_that_its_number_draws() -> Result<()> {
+    const COUNT: u32 = 200;
+    const SEED: u64 = 11;
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    for (distribution, name) in [
+        (Distribution::Uniform, "uniform"),
+        (Distribution::Normal, "normal"),
+        (Distribution::Pareto, "pareto"),
+    ] {
+        injector.add(&format!(
+            "jittery --netns {} --iface eth0 --to {} --proto udp --delay 60ms --jitter 15ms --distribution {name} \
+             --order free --seed {SEED}",
+            a.netns(),
+            b.v4
+        ))?;
+        let path = Timed::v4(a, 6000, b, 7000)?;
+        let sent = path.send(1..=COUNT, Duration::from_millis(2))?;
+        let arrived = path.receive(COUNT as usize, Duration::ZERO, Duration::from_secs(10))?;
+        let stream = Stream::of_udp(SEED, "jittery", path.ends, true);
+        let mut late = Vec::new();
+        for (one, taken) in arrived.iter().zip(delays(&sent, &arrived)) {
+            let value = quantile(distribution, stream.delay(one.number.into()));
+            let asked = (60.0 + 15.0 * value).max(0.0);
+            late.push(taken - asked);
+            // Interpolation is worst where the tails are steep.
+            ensure!(
+                taken > asked - 2.0,
+                "{name}: packet {} was due after {asked} ms and came after {taken}",
+                one.number
+            );
+        }
+        let late = median(&late);
+        report(format!("{name}: {late:.3} ms later than drawn"));
+        ensure!(late.abs() < LATE_MS, "{name}: {late} ms later than drawn");
+        injector.json(&["heal", "jittery"])?;
+    }
+    Ok(())
+}
+
+/// The greatest distance between the distribution of some values and an asked one (Kolmogorov-Smirnov).
+fn distance(values: &[f64], mean: f64, jitter: f64, distribution: Distribution) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let steps = 10_000;
+    let quantiles: Vec<f64> = (1..steps)
+        .map(|step| mean + jitter * quantile(distribution, f64::from(step) / f64::from(steps)))
+        .collect();
+    let count = f64::from(u32::try_from(sorted.len()).unwrap_or(u32::MAX));
+    (0_u32..)
+        .zip(&sorted)
+        .map(|(rank, value)| {
+            let below = u32::try_from(quantiles.partition_point(|one| one < value)).unwrap_or(0);
+            let asked = f64::from(below) / f64::from(steps);
+            let low = (asked - f64::from(rank) / count).abs();
+            let high = (asked - f64::from(rank + 1) / count).abs();
+            low.max(high)
+        })
+        .fold(0.0, f64::max)
+}
+
+/// Kolmogorov-Smirnov with 1,500 delays: by chance alone the distance exceeds 0.0696 once in a million times
+/// (the square root of ln(2 / 10^-6) / (2 n)). Late timers add the density of the distribution, at most
+/// 1 / 40 ms here, times their lateness.
+fn distributions_are_the_asked_ones() -> Result<()> {
+    const COUNT: u32 = 1500;
+    const BOUND: f64 = 0.0696 + 0.035;
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    // Each with one that it must not be taken for.
+    for (distribution, wrong) in [
+        (Distribution::Uniform, Distribution::Exponential),
+        (Distribution::Normal, Distribution::Pareto),
+        (Distribution::Pareto, Distribution::Normal),
+        (Distribution::ParetoNormal, Distribution::Uniform),
+        (Distribution::Exponential, Distribution::Uniform),
+        (Distribution::LogNormal, Distribution::Uniform),
+    ] {
+        let name = distribution.name();
+        injector.add(&format!(
+            "jittery --netns {} --iface eth0 --to {} --proto udp --delay 150ms --jitter 40ms --distribution {name} \
+             --order free --seed 4",
+            a.netns(),
+            b.v4
+        ))?;
+        let path = Timed::v4(a, 6000, b, 7000)?;
+        let sent = path.send(1..=COUNT, Duration::from_micros(700))?;
+        let arrived = path.receive(COUNT as usize, Duration::ZERO, Duration::from_secs(20))?;
+        let taken = delays(&sent, &arrived);
+        let right = distance(&taken, 150.0, 40.0, distribution);
+        let other = distance(&taken, 150.0, 40.0, wrong);
+        report(format!(
+            "{name}: {right:.4} from itself, {other:.4} from {}",
+            wrong.name()
+        ));
+        ensure!(right < BOUND, "{name}: {right} from what was asked");
+        ensure!(other > BOUND, "{name}: {other} from {} too", wrong.name());
+        injector.stats()?.lanes_lost_nothing()?;
+        injector.json(&["heal", "jittery"])?;
+    }
+    Ok(())
+}
+
+/// Of 1,500 pairs the correlation has a standard error of 0.026 at most; five of them and a half are once in
+/// thirty million.
+fn correlation_is_the_asked_one() -> Result<()> {
+    const COUNT: u32 = 1500;
+    const BOUND: f64 = 0.143;
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    for asked in [0.0_f64, 0.5, 0.9] {
+        injector.add(&format!(
+            "jittery --netns {} --iface eth0 --to {} --proto udp --delay 150ms --jitter 40ms --distribution normal \
+             --order free --correlation {}% --seed 4",
+            a.netns(),
+            b.v4,
+            asked * 100.0
+        ))?;
+        let path = Timed::v4(a, 6000, b, 7000)?;
+        let sent = path.send(1..=COUNT, Duration::from_micros(700))?;
+        let mut arrived = path.receive(COUNT as usize, Duration::ZERO, Duration::from_secs(20))?;
+        arrived.sort_by_key(|one| one.number);
+        let taken = delays(&sent, &arrived);
+        let found = autocorrelation(&taken);
+        let far = distance(&taken, 150.0, 40.0, Distribution::Normal);
+        report(format!(
+            "asked {asked}, found {found:.3}; {far:.4} from normal"
+        ));
+        ensure!(
+            (found - asked).abs() < BOUND,
+            "asked {asked}, found {found}"
+        );
+        // Correlated values are worth fewer: with 0.9 they are (1 - 0.9) / (1 + 0.9) of as many.
+        let worth = (1.0 - asked) / (1.0 + asked);
+        let bound = 0.0696 / worth.sqrt() + 0.035;
+        ensure!(
+            far < bound,
+            "correlation {asked} changed the distribution: {far}"
+        );
+        injector.json(&["heal", "jittery"])?;
+    }
+    Ok(())
+}
+
+/// The correlation of each value with the next.
+fn autocorrelation(values: &[f64]) -> f64 {
+    let count = f64::from(u32::try_from(values.len()).unwrap_or(u32::MAX));
+    let mean = values.iter().sum::<f64>() / count;
+    let variance: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    let together: f64 = values
+        .windows(2)
+        .map(|pair| (pair[0] - mean) * (pair[1] - mean))
+        .sum();
+    together / variance
+}
+
+/// A packet that keeps its socket while it is held counts against what TCP may have under way: one stream at
+/// 50 ms then makes less than a megabit a second. Here both nodes share a kernel, as containers do.
+fn the_sender_is_not_slowed_down() -> Result<()> {
+    const BYTES: usize = 24 << 20;
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    for (direction, more) in [("--to", ""), ("--from", ""), ("--to", "--loss 0.00001%")] {
+        injector.add(&format!(
+            "slow --netns {} --iface eth0 {direction} {} --delay 50ms {more}",
+            a.netns(),
+            b.v4
+        ))?;
+        let (from, to) = if direction == "--to" { (a, b) } else { (b, a) };
+        let taken = tcp::bulk(from, to, 7001, BYTES, Duration::from_mins(1))?;
+        let rate = 8.0 * f64::from(u32::try_from(BYTES)?) / taken.as_secs_f64() / 1e6;
+        report(format!(
+            "{direction} {more}: {rate:.0} Mbit/s through 50 ms"
+        ));
+        ensure!(rate > 20.0, "{direction} {more}: {rate} Mbit/s");
+        injector.stats()?.lanes_lost_nothing()?;
+        injector.json(&["heal", "slow"])?;
+    }
+    Ok(())
+}
+
+fn loopback() -> Result<()> {
+    let lab = Lab::pair()?;
+    let a = lab.a();
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    injector.add(&format!(
+        "slow --netns {} --iface lo --peer-port 7000 --delay 40ms",
+        a.netns()
+    ))?;
+    for (address, name) in [("127.0.0.1", "IPv4"), ("[::1]", "IPv6")] {
+        let server = tcp::listen(&a.ns, format!("{address}:7000").parse()?)?;
+        let began = std::time::Instant::now();
+        let client = tcp::connect(&a.ns, server.local_addr()?, Duration::from_secs(5))?;
+        let taken = began.elapsed();
+        report(format!("{name}: connected after {taken:?}"));
+        // The SYN waits as it leaves; so does the answer as it arrives, whose peer's port it is.
+        ensure!(
+            taken >= Duration::from_millis(80) && taken < Duration::from_millis(500),
+            "{name}: connected after {taken:?}"
+        );
+        drop(client);
+    }
+    injector.stats()?.lanes_lost_nothing()
+}

@@ -1,0 +1,56 @@
+//! The lane tier: faults of single packets, on a kernel that has fq and VLAN devices. Runs in virtual machines,
+//! and on a host whose own kernel has them.
+//!
+//! Needs root and `INJECTOR_BIN`. The same rules as in the lab tier. Nodes have a clsact beforehand: the kernel
+//! drops packets while one is made or deleted, and here each packet is accounted for.
+
+mod chance;
+mod delay;
+mod life;
+mod order;
+mod smoke;
+
+use std::{process::ExitCode, time::Duration};
+
+use libtest_mimic::Arguments;
+use tests::lab::{snapshot::Snapshot, sweep::sweep, wait::wait_until};
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // One after the other: they measure time, on machines that have little of it.
+    arguments.test_threads = Some(1);
+    let mut trials = Vec::new();
+    for tests in [
+        smoke::tests,
+        delay::tests,
+        order::tests,
+        chance::tests,
+        life::tests,
+    ] {
+        trials.extend(tests());
+    }
+    if arguments.list || !nix::unistd::geteuid().is_root() {
+        return libtest_mimic::run(&arguments, trials).exit_code();
+    }
+    if let Err(error) = sweep() {
+        eprintln!("could not remove what a killed run left behind: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    let before = match Snapshot::of_host() {
+        Ok(before) => before,
+        Err(error) => {
+            eprintln!("could not look at the host: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    // Namespaces go some time after their names.
+    let unchanged = wait_until("the host is as it was", Duration::from_secs(10), || {
+        before.must_equal(&Snapshot::of_host()?).map(|()| true)
+    });
+    if let Err(error) = unchanged {
+        eprintln!("error: the tests left something behind: {error:?}");
+        return ExitCode::FAILURE;
+    }
+    conclusion.exit_code()
+}

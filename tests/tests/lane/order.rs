@@ -1,0 +1,125 @@
+//! Order within a flow: kept where it is to be kept, by time where it is free, broken for the packets that are
+//! held back.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use anyhow::{Result, ensure};
+use libtest_mimic::Trial;
+use tests::{
+    lab::{
+        injector::Injector,
+        timed::{Timed, delays},
+        topology::Lab,
+        transcript::report,
+        trial::{Need, trial},
+    },
+    model::line::Stream,
+};
+
+pub(crate) fn tests() -> Vec<Trial> {
+    const NEEDS: &[Need] = &[Need::Root, Need::Injector];
+    vec![
+        trial(
+            "order::jitter_keeps_order_unless_it_is_free",
+            NEEDS,
+            jitter_keeps_order_unless_it_is_free,
+        ),
+        trial(
+            "order::chosen_packets_are_held_back_and_no_others",
+            NEEDS,
+            chosen_packets_are_held_back_and_no_others,
+        ),
+    ]
+}
+
+fn jitter_keeps_order_unless_it_is_free() -> Result<()> {
+    const COUNT: u32 = 400;
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    for order in ["keep", "free"] {
+        injector.add(&format!(
+            "jittery --netns {} --iface eth0 --to {} --delay 40ms --jitter 30ms --order {order} --seed 3",
+            a.netns(),
+            b.v4
+        ))?;
+        let path = Timed::v4(a, 6000, b, 7000)?;
+        let sent = path.send(1..=COUNT, Duration::from_millis(1))?;
+        let arrived = path.receive(COUNT as usize, Duration::ZERO, Duration::from_secs(10))?;
+        ensure!(
+            delays(&sent, &arrived).iter().all(|delay| *delay >= 10.0),
+            "a packet came too early"
+        );
+        let overtaken = arrived
+            .windows(2)
+            .filter(|pair| pair[1].number < pair[0].number)
+            .count();
+        report(format!("{order}: {overtaken} times out of order"));
+        ensure!(
+            if order == "keep" {
+                overtaken == 0
+            } else {
+                overtaken > 50
+            },
+            "{order}: {overtaken} times out of order"
+        );
+        injector.stats()?.lanes_lost_nothing()?;
+        injector.json(&["heal", "jittery"])?;
+    }
+    Ok(())
+}
+
+fn chosen_packets_are_held_back_and_no_others() -> Result<()> {
+    const COUNT: u32 = 300;
+    const SEED: u64 = 5;
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    for egress in [true, false] {
+        let direction = if egress { "--to" } else { "--from" };
+        injector.add(&format!(
+            "shuffle --netns {} --iface eth0 {direction} {} --proto udp --reorder 10% --hold 150ms --seed {SEED}",
+            a.netns(),
+            b.v4
+        ))?;
+        let (from, to) = if egress { (a, b) } else { (b, a) };
+        let path = Timed::v4(from, 6000, to, 7000)?;
+        let sent = path.send(1..=COUNT, Duration::from_millis(1))?;
+        let arrived = path.receive(COUNT as usize, Duration::ZERO, Duration::from_secs(10))?;
+        let stream = Stream::of_udp(SEED, "shuffle", path.ends, egress);
+        let expected: BTreeSet<u32> = (1..=COUNT)
+            .filter(|n| stream.holds_back(u64::from(*n), 0.1))
+            .collect();
+        let held: BTreeSet<u32> = arrived
+            .iter()
+            .zip(delays(&sent, &arrived))
+            .filter(|(_, delay)| *delay >= 150.0)
+            .map(|(one, _)| one.number)
+            .collect();
+        ensure!(
+            held == expected,
+            "{direction}: held back {held:?}, drawn {expected:?}"
+        );
+        // Nobody else waited, and the others are in order among themselves.
+        let others: Vec<_> = arrived
+            .iter()
+            .filter(|one| !held.contains(&one.number))
+            .collect();
+        ensure!(
+            others.is_sorted_by_key(|one| one.number),
+            "packets that were not held back are out of order"
+        );
+        let stats = injector.stats()?;
+        let rule = stats.rule("shuffle")?;
+        ensure!(
+            rule.egress.reordered_packets + rule.ingress.reordered_packets
+                == u64::try_from(expected.len())?,
+            "{rule:?}"
+        );
+        stats.lanes_lost_nothing()?;
+        injector.json(&["heal", "shuffle"])?;
+    }
+    Ok(())
+}
