@@ -134,7 +134,7 @@ const TEST_RUN: Feature = Feature {
 const VETH: Feature = Feature {
     name: "veth",
     needed: Needed::Lab,
-    consequence: "no labs, and later no lanes",
+    consequence: "no labs",
     remedy: "use a kernel with CONFIG_VETH (modprobe veth)",
 };
 const BRIDGE: Feature = Feature {
@@ -143,19 +143,26 @@ const BRIDGE: Feature = Feature {
     consequence: "no labs",
     remedy: "use a kernel with CONFIG_BRIDGE (modprobe bridge)",
 };
+/// What cannot be had without a lane.
+const WITHOUT_LANES: &str = "no faults that need lanes (delay, rate, loss per wire packet); cuts work, and a \
+                             positional cut inside a super-packet takes all of it";
 const FQ: Feature = Feature {
     name: "sch_fq",
     needed: Needed::Lanes,
-    consequence: "no faults that need lanes (delay, rate, loss per wire packet); cuts work, and a \
-                  positional cut inside a super-packet takes all of it",
+    consequence: WITHOUT_LANES,
     remedy: "use a kernel with CONFIG_NET_SCH_FQ (modprobe sch_fq)",
 };
 const VLAN: Feature = Feature {
     name: "8021q",
     needed: Needed::Lanes,
-    consequence: "no faults that need lanes (delay, rate, loss per wire packet); cuts work, and a \
-                  positional cut inside a super-packet takes all of it",
+    consequence: WITHOUT_LANES,
     remedy: "use a kernel with CONFIG_VLAN_8021Q (modprobe 8021q)",
+};
+const IFB: Feature = Feature {
+    name: "ifb",
+    needed: Needed::Lanes,
+    consequence: WITHOUT_LANES,
+    remedy: "use a kernel with CONFIG_IFB (modprobe ifb)",
 };
 
 /// Why a probe failed.
@@ -225,6 +232,7 @@ pub fn probe() -> Vec<ProbeResult> {
             BRIDGE.result(bridge()),
             FQ.result(fq()),
             VLAN.result(vlan()),
+            IFB.result(ifb()),
         ]
     });
     let namespaces = match &inside {
@@ -232,7 +240,7 @@ pub fn probe() -> Vec<ProbeResult> {
         Err(error) => Err(Failure::Untried(error.to_string())),
     };
     let inside = inside.unwrap_or_else(|error| {
-        [CLSACT, TCX, VETH, BRIDGE, FQ, VLAN]
+        [CLSACT, TCX, VETH, BRIDGE, FQ, VLAN, IFB]
             .iter()
             .map(|feature| feature.result(Err(Failure::Untried(error.to_string()))))
             .collect()
@@ -554,6 +562,12 @@ fn vlan() -> Tried {
     Ok("a VLAN interface can be made".to_owned())
 }
 
+fn ifb() -> Tried {
+    // A locally administered address; the namespace is gone in a moment.
+    netlink::create_ifb("probeifb", [0x02, 0, 0, 0, 0, 1], 1500)?;
+    Ok("a device can be made".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -562,10 +576,10 @@ mod tests {
     fn every_result_says_what_follows() {
         let results = probe();
         let mut names: Vec<&str> = results.iter().map(|result| result.feature).collect();
-        assert_eq!(names.len(), 14);
+        assert_eq!(names.len(), 15);
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 14, "{names:?}");
+        assert_eq!(names.len(), 15, "{names:?}");
         for result in results {
             let ok = result.status == Status::Ok;
             assert!(!result.detail.is_empty(), "{result:?}");

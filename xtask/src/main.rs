@@ -81,12 +81,11 @@ enum Verb {
     /// is set in the environment, if a test was skipped that this machine could have run.
     Test(TestArgs),
     /// Build for release and measure: nanoseconds a packet, throughput, time from command to effect
+    Bench(BenchArgs),
+    /// Build for release and show what it does: a slow, lossy, narrow link (in a virtual machine where this kernel
+    /// has no lanes), and a real service being partitioned and healed
     ///
-    /// Arguments are passed on to the benchmark: `cargo xtask bench --json`.
-    Bench(PassedOn),
-    /// Build for release and show a real service being partitioned and healed
-    ///
-    /// Arguments are passed on to the demo.
+    /// Arguments are passed on to the demo: `cargo xtask demo partition` plays that part alone.
     Demo(PassedOn),
 }
 
@@ -123,6 +122,20 @@ struct VmRunArgs {
     /// The command, after `--`
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
+}
+
+/// Arguments of `bench`.
+#[derive(Args)]
+struct BenchArgs {
+    /// Measure the injector beside netem instead, on another kernel, in a virtual machine (a quarter of an hour)
+    #[arg(long)]
+    vm: bool,
+    /// With --vm: the line of kernels
+    #[arg(long, value_name = "LINE", default_value = "6.1", requires = "vm")]
+    kernel: Line,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
 }
 
 /// Arguments of `vm test`.
@@ -222,7 +235,10 @@ fn main() -> ExitCode {
         Verb::Vm(VmVerb::Shell(arguments)) => {
             run::machine(&arguments.kernel, arguments.memory, Duration::MAX, &[])
         }
-        Verb::Bench(arguments) => run::bench(&arguments.arguments),
+        Verb::Bench(arguments) if arguments.vm => {
+            run::bench_in_machine(&arguments.kernel, arguments.json)
+        }
+        Verb::Bench(arguments) => run::bench(arguments.json),
         Verb::Demo(arguments) => run::demo(&arguments.arguments),
     };
     match outcome {

@@ -2,10 +2,12 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::process::ExitCode;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use serde::Deserialize;
 
 use crate::build::{self, Built, Profile};
 use crate::ebpf;
@@ -13,7 +15,7 @@ use crate::kernels::Line;
 use crate::privilege::Privilege;
 use crate::process;
 use crate::setup::{Need, Setup};
-use crate::vm;
+use crate::vm::{self, Machine};
 
 /// Variables that are passed through to programs that run as root, where they are set.
 const PASSED_THROUGH: [&str; 6] = [
@@ -52,27 +54,124 @@ pub(crate) fn lab(arguments: &[OsString]) -> Result<ExitCode> {
 }
 
 /// `cargo xtask bench`.
-pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
+pub(crate) fn bench(json: bool) -> Result<ExitCode> {
     let (setup, built) = prepare(&[Need::Ebpf, Need::Services, Need::Tools], Profile::Release)?;
+    let arguments = json.then(|| OsString::from("--json"));
     start(
         &setup,
         &built,
         "bench",
-        arguments,
+        arguments.as_slice(),
         "measuring loaded programs",
     )
 }
 
-/// `cargo xtask demo`.
+/// `cargo xtask bench --vm`: the injector beside netem, on another kernel. With `json` the document goes to standard
+/// output and everything else to standard error.
+pub(crate) fn bench_in_machine(line: &Line, json: bool) -> Result<ExitCode> {
+    /// Emulated machines are slow, and there is much to measure.
+    const DEADLINE: Duration = Duration::from_mins(40);
+    const DOCUMENT: &str = "/run/bench.json";
+    let (setup, built) = prepare(
+        &[Need::Ebpf, Need::Services, Need::Tools, Need::Machine],
+        Profile::Release,
+    )?;
+    let kernel = vm::kernel(line)?;
+    let program = built.binary("bench")?;
+    let command = [
+        program.as_os_str(),
+        "netem".as_ref(),
+        "--document".as_ref(),
+        DOCUMENT.as_ref(),
+    ];
+    let machine = Machine {
+        kernel: &kernel,
+        memory: vm::MEMORY,
+        deadline: DEADLINE,
+        command: command.map(OsString::from).to_vec(),
+        folder: PathBuf::from("/root"),
+        environment: vec![],
+        back: Some(PathBuf::from(DOCUMENT)),
+        interactive: false,
+    };
+    let ended = machine.run(&setup, &built, &[program], |line| {
+        if json {
+            eprintln!("{line}");
+        } else {
+            println!("{line}");
+        }
+    })?;
+    let code = ended.verdict(&kernel)?;
+    if json {
+        print!("{}", ended.back.unwrap_or_default());
+    }
+    Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// The part of the demo that needs a lane, and the one that does not.
+const DEMO_PARTS: [&str; 2] = ["link", "partition"];
+/// The kernel on which the former plays where this one cannot.
+const DEMO_KERNEL: &str = "6.12";
+
+/// `cargo xtask demo`. The part that needs a lane plays in a virtual machine where this kernel has none.
 pub(crate) fn demo(arguments: &[OsString]) -> Result<ExitCode> {
+    const PURPOSE: &str = "faulting traffic in network namespaces";
+    /// What it takes is a minute.
+    const DEADLINE: Duration = Duration::from_mins(5);
     let (setup, built) = prepare(&[Need::Ebpf, Need::Services, Need::Tools], Profile::Release)?;
-    start(
-        &setup,
-        &built,
-        "demo",
-        arguments,
-        "cutting traffic in network namespaces",
-    )
+    let [link, partition] = DEMO_PARTS;
+    let whole = arguments.is_empty();
+    if !whole && arguments != [link] {
+        return start(&setup, &built, "demo", arguments, PURPOSE);
+    }
+    let lacking = lacking_for_lanes(&setup, &built)?;
+    if lacking.is_empty() {
+        return start(&setup, &built, "demo", arguments, PURPOSE);
+    }
+    // What was found before stays; this looks only for what runs machines.
+    Setup::ensure(&[Need::Machine])?;
+    println!(
+        "This kernel has no {}, so the first part plays on kernel {DEMO_KERNEL} in a virtual machine.",
+        lacking.join(", no ")
+    );
+    let kernel = DEMO_KERNEL.parse().map_err(anyhow::Error::msg)?;
+    let command = ["demo", link].map(OsString::from);
+    let code = vm::run(&setup, &built, &kernel, vm::MEMORY, DEADLINE, &command)?;
+    if code != 0 || !whole {
+        return Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from));
+    }
+    println!("\nThe second part needs no virtual machine.");
+    start(&setup, &built, "demo", &[partition.into()], PURPOSE)
+}
+
+/// What `injector check` says of one feature, as far as it is of interest here.
+#[derive(Deserialize)]
+struct Feature {
+    #[serde(rename = "feature")]
+    name: String,
+    needed: String,
+    status: String,
+}
+
+/// What `injector check --json` prints.
+#[derive(Deserialize)]
+struct Check {
+    features: Vec<Feature>,
+}
+
+/// What this kernel lacks for lanes.
+fn lacking_for_lanes(setup: &Setup, built: &Built) -> Result<Vec<String>> {
+    const PURPOSE: &str = "looking for what this kernel offers";
+    let mut command = as_root(setup, built, "injector", PURPOSE)?;
+    let output = process::output(command.args(["check", "--json"]), PURPOSE)?;
+    let check: Check = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("{PURPOSE}: {}", process::said(&output)))?;
+    Ok(check
+        .features
+        .into_iter()
+        .filter(|one| one.needed == "lanes" && one.status != "ok")
+        .map(|one| one.name)
+        .collect())
 }
 
 /// `cargo xtask vm run` and `cargo xtask vm shell`.
@@ -105,17 +204,22 @@ fn start(
     arguments: &[OsString],
     purpose: &str,
 ) -> Result<ExitCode> {
+    let mut command = as_root(setup, built, program, purpose)?;
+    let shown = process::shown(command.args(arguments));
+    let error = command.exec();
+    Err(error).with_context(|| format!("{purpose}: `{shown}` cannot be started"))
+}
+
+/// One of the programs as a command that runs as root.
+fn as_root(setup: &Setup, built: &Built, program: &str, purpose: &str) -> Result<Command> {
     let environment = environment(setup, built)?;
-    let mut command = Privilege::find().command(
+    Privilege::find().command(
         built.binary(program)?.as_os_str(),
         environment
             .iter()
             .map(|(name, value)| (*name, value.as_os_str())),
         purpose,
-    )?;
-    let shown = process::shown(command.args(arguments));
-    let error = command.exec();
-    Err(error).with_context(|| format!("{purpose}: `{shown}` cannot be started"))
+    )
 }
 
 /// What programs that run as root find in their environment:

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, IsTerminal as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -70,6 +70,20 @@ pub(crate) struct Ended {
     pub(crate) trouble: Option<String>,
     /// What the file that was asked for holds.
     pub(crate) back: Option<String>,
+}
+
+impl Ended {
+    /// The exit code of the command; an error where there is none.
+    pub(crate) fn verdict(&self, kernel: &Kernel) -> Result<i32> {
+        match self.code {
+            Some(code) => Ok(code),
+            None => bail!(
+                "the machine with kernel {}: {}",
+                kernel.version,
+                self.trouble.as_deref().unwrap_or_default()
+            ),
+        }
+    }
 }
 
 /// What the guest's first process says at its end.
@@ -234,6 +248,10 @@ impl Machine<'_> {
         let mut image = Image::new();
         let mut environment = run::environment(setup, built)?;
         environment.extend(self.environment.iter().cloned());
+        if !self.interactive && !std::io::stdout().is_terminal() {
+            // The guest's console looks like a terminal, whatever its lines go to here.
+            environment.push(("NO_COLOR", OsString::from("1")));
+        }
         let libraries = setup
             .services()
             .map_or_else(OsString::new, crate::services::Services::libraries);
@@ -372,18 +390,17 @@ pub(crate) fn run(
     let kernel = kernel(line)?;
     let interactive = command.is_empty();
     // Our own programs by their names, everything else by the guest's PATH.
+    let mut ours = None;
     let command = match command.split_first() {
         None => vec![OsString::from("/bin/bash"), OsString::from("-i")],
         Some((first, rest)) => {
-            let first = match first.to_str().map(|name| built.binary(name)) {
-                Some(Ok(path)) => path.as_os_str().to_owned(),
-                _ => first.clone(),
-            };
-            let mut all = vec![first];
+            ours = first.to_str().and_then(|name| built.binary(name).ok());
+            let mut all = vec![ours.map_or(first.as_os_str(), Path::as_os_str).to_owned()];
             all.extend_from_slice(rest);
             all
         }
     };
+    let programs: Vec<&Path> = ours.into_iter().collect();
     let machine = Machine {
         kernel: &kernel,
         memory,
@@ -395,15 +412,8 @@ pub(crate) fn run(
         interactive,
     };
     eprintln!("kernel {} ({})", kernel.line, kernel.version);
-    let ended = machine.run(setup, built, &[], |line| println!("{line}"))?;
-    match ended.code {
-        Some(code) => Ok(code),
-        None => bail!(
-            "the machine with kernel {}: {}",
-            kernel.version,
-            ended.trouble.unwrap_or_default()
-        ),
-    }
+    let ended = machine.run(setup, built, &programs, |line| println!("{line}"))?;
+    ended.verdict(&kernel)
 }
 
 #[cfg(test)]

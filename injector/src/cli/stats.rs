@@ -14,7 +14,7 @@ use super::{
     session::Session,
 };
 use crate::{
-    protocol::{Call, NoArgs, RuleStats, StatsResult, TableUse, TargetStats},
+    protocol::{Call, LaneLosses, NoArgs, RuleStats, StatsResult, TableUse, TargetStats},
     rules::text::duration,
 };
 
@@ -102,7 +102,8 @@ impl StatsArgs {
             Vec::new()
         };
         let mut document = json!({
-            "rules": [], "targets": [], "tables": [], "lapses": 0, "daemon": null,
+            "rules": [], "targets": [], "tables": [], "lanes": [],
+            "lane_losses": LaneLosses::default(), "lapses": 0, "daemon": null,
             "recovered": recovery,
         });
         if self.expect_effect

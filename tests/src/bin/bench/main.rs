@@ -1,5 +1,6 @@
 //! The benchmark: what a packet costs in the programs, what a host's throughput feels of them, and how
-//! soon a large partition takes effect. `cargo xtask bench` builds for release and runs it as root.
+//! soon a large partition takes effect; or, as `bench netem`, how the injector's faults of single packets compare
+//! with netem's. `cargo xtask bench` builds for release and runs it as root, with `--vm` in a virtual machine.
 //!
 //! Everything is compared within one run, and measured in turns, since machines are noisy. What was aimed
 //! at stands beside what was measured; a missed aim is printed and does not fail the run.
@@ -8,15 +9,17 @@
 
 mod cost;
 mod effect;
+mod netem;
 mod throughput;
 
 use std::{
     io::{self, IsTerminal, Write},
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use serde::Serialize;
 use tests::{lab::sweep::sweep, table::Table};
 
@@ -27,6 +30,19 @@ struct Arguments {
     /// Print one JSON document instead of tables.
     #[arg(long)]
     json: bool,
+    #[command(subcommand)]
+    what: Option<What>,
+}
+
+/// What is measured, where it is not the programs.
+#[derive(Debug, Subcommand)]
+enum What {
+    /// The injector beside netem; needs a kernel with netem and lanes
+    Netem {
+        /// Write a JSON document into this file besides
+        #[arg(long, value_name = "FILE")]
+        document: Option<PathBuf>,
+    },
 }
 
 /// An aim, and whether it was met.
@@ -49,6 +65,15 @@ struct Machine {
     version: &'static str,
 }
 
+impl Machine {
+    fn text(&self) -> String {
+        format!(
+            "injector {}, kernel {}, {} x {}\n",
+            self.version, self.kernel, self.cpus, self.cpu
+        )
+    }
+}
+
 /// What is printed with `--json`.
 #[derive(Debug, Serialize)]
 struct Document {
@@ -61,7 +86,11 @@ struct Document {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match measure().and_then(|document| print(&arguments, &document)) {
+    let done = match &arguments.what {
+        None => measure().and_then(|document| print(&arguments, &document)),
+        Some(What::Netem { document }) => beside_netem(&arguments, document.as_deref()),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -85,6 +114,32 @@ fn measure() -> Result<Document> {
         throughput,
         effect,
         aims,
+    })
+}
+
+/// What is printed with `--json` of the comparison.
+#[derive(Debug, Serialize)]
+struct Comparison {
+    machine: Machine,
+    netem: netem::Report,
+}
+
+fn beside_netem(arguments: &Arguments, file: Option<&Path>) -> Result<()> {
+    sweep()?;
+    let comparison = Comparison {
+        netem: netem::measure()?,
+        machine: machine(),
+    };
+    if let Some(file) = file {
+        let text = serde_json::to_vec_pretty(&comparison)?;
+        std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
+    }
+    show(arguments, &comparison, |terminal| {
+        format!(
+            "{}\n{}",
+            comparison.machine.text(),
+            comparison.netem.text(terminal)
+        )
     })
 }
 
@@ -112,12 +167,21 @@ fn machine() -> Machine {
 }
 
 fn print(arguments: &Arguments, document: &Document) -> Result<()> {
+    show(arguments, document, |terminal| text(document, terminal))
+}
+
+/// Prints a document as JSON, or as text.
+fn show(
+    arguments: &Arguments,
+    document: &impl Serialize,
+    text: impl FnOnce(bool) -> String,
+) -> Result<()> {
     let mut out = io::stdout().lock();
     let done = if arguments.json {
         serde_json::to_writer_pretty(&mut out, document).map_err(io::Error::from)
     } else {
         let terminal = out.is_terminal();
-        out.write_all(text(document, terminal).as_bytes())
+        out.write_all(text(terminal).as_bytes())
     }
     .and_then(|()| writeln!(out));
     match done {
@@ -128,7 +192,6 @@ fn print(arguments: &Arguments, document: &Document) -> Result<()> {
 }
 
 fn text(document: &Document, terminal: bool) -> String {
-    let machine = &document.machine;
     let mut aims = Table::new(&["aim", "measured", ""]);
     for aim in &document.aims {
         aims.row([
@@ -138,10 +201,7 @@ fn text(document: &Document, terminal: bool) -> String {
         ]);
     }
     [
-        format!(
-            "injector {}, kernel {}, {} x {}\n",
-            machine.version, machine.kernel, machine.cpus, machine.cpu
-        ),
+        document.machine.text(),
         document.cost.text(terminal),
         document.throughput.text(terminal),
         document.effect.text(),
@@ -154,7 +214,7 @@ fn text(document: &Document, terminal: bool) -> String {
 pub(crate) fn span(values: &[f64]) -> (f64, f64) {
     values
         .iter()
-        .fold((f64::INFINITY, 0.0), |(low, high), value| {
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
             (value.min(low), value.max(high))
         })
 }

@@ -1,9 +1,9 @@
 //! What a bulk transfer feels: iperf3 between two namespaces with nothing attached, attached without rules,
 //! and attached with 1,000 rules that are about other traffic. The three take turns.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use injector::{
     attach::{Attachment, inspect},
     dataplane::{DataPlane, Hook, LinkKind, Sizes, TargetConfig, TargetSlot},
@@ -12,16 +12,8 @@ use injector::{
     rules::model::NetnsRef,
 };
 use serde::Serialize;
-use serde_json::Value;
 use tests::{
-    lab::{
-        command::{self, DEADLINE},
-        process::Process,
-        scratch::Scratch,
-        services,
-        topology::Lab,
-        wait::wait_for,
-    },
+    lab::{iperf::iperf, scratch::Scratch, topology::Lab},
     subject::{many::Size, meter::median},
     table::Table,
 };
@@ -30,7 +22,6 @@ use super::{Aim, span};
 
 const ROUNDS: usize = 7;
 const SECONDS: &str = "2";
-const PORT: &str = "5201";
 const SLOT: u16 = 1;
 const OTHERS: Size = Size {
     peers: 65_000,
@@ -87,7 +78,8 @@ pub(crate) fn measure() -> Result<Report> {
                     SLOT,
                 )?)
             };
-            cases[index].gbits.push(iperf(&lab, &scratch)?);
+            let report = iperf(lab.a(), lab.b(), &["--time", SECONDS])?;
+            cases[index].gbits.push(report.received()? / 1e9);
             if let Some(mut attachment) = attachment {
                 attachment.detach()?;
             }
@@ -97,30 +89,6 @@ pub(crate) fn measure() -> Result<Report> {
         seconds: SECONDS,
         cases: cases.into(),
     })
-}
-
-/// One transfer from the first host to the second; Gbit/s as the receiver saw it.
-fn iperf(lab: &Lab, scratch: &Scratch) -> Result<f64> {
-    let program = services::iperf3()?;
-    let address = lab.b().v4.to_string();
-    let mut server = services::command(&lab.b().ns, &program)?;
-    server.args(["--server", "--one-off", "--bind", &address, "--port", PORT]);
-    let mut server = Process::start(server, &scratch.path().join("iperf3.log"))?;
-    let gbits = wait_for("iperf3 has measured", Duration::from_secs(30), || {
-        let mut client = services::command(&lab.a().ns, &program)?;
-        client.args([
-            "--client", &address, "--port", PORT, "--time", SECONDS, "--json",
-        ]);
-        // The server may not be listening yet.
-        let output = command::run(client, DEADLINE)?.success()?;
-        let document: Value = serde_json::from_str(&output.stdout)?;
-        let bits = document["end"]["sum_received"]["bits_per_second"].as_f64();
-        Ok(Some(bits.context("iperf3 says no bits_per_second")? / 1e9))
-    })?;
-    server
-        .wait(Duration::from_secs(10))?
-        .context("the iperf3 server did not end after its one test")?;
-    Ok(gbits)
 }
 
 impl Report {

@@ -1,202 +1,25 @@
-//! The demo: an etcd of three members, whose leader is cut off from the other two and reconnected, with
-//! clients that write all the while. Plain lines where the output is not a terminal; exits non-zero if
-//! the story does not happen, and leaves nothing behind, also where a signal ends it.
-//!
-//! Needs root, `INJECTOR_BIN` and `INJECTOR_SERVICES`; `cargo xtask demo` sees to it.
+//! An etcd of three members, whose leader is cut off from the other two and reconnected, with clients that write
+//! all the while.
 
 use std::{
     cell::Cell,
     fmt::Write as _,
-    io::{self, IsTerminal},
-    os::unix::process::CommandExt,
-    process::ExitCode,
-    sync::atomic::{AtomicI32, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use tests::lab::{
-    DEMO_LAB,
-    command::{self, Output},
     etcd::{Etcd, Leadership, MEMBERS, Write, Writers},
     injector::Injector,
-    netns::Netns,
-    snapshot::Snapshot,
-    sweep::sweep,
-    topology::Node,
-    wait::{give_up, given_up, wait_until},
+    wait::given_up,
 };
 
-/// The signal by which the user has said that it is enough; 0: none.
-static INTERRUPTED: AtomicI32 = AtomicI32::new(0);
+use crate::stage::{DemoLab, Tone, paragraph, run, say, title};
 
-/// What ends the demo early; everything is cleared away nevertheless.
-const ENDINGS: [Signal; 4] = [
-    Signal::SIGINT,
-    Signal::SIGTERM,
-    Signal::SIGHUP,
-    Signal::SIGQUIT,
-];
-
-extern "C" fn interrupted(signal: libc::c_int) {
-    INTERRUPTED.store(signal, Ordering::Relaxed);
-    give_up();
-}
-
-fn main() -> ExitCode {
-    let Err(error) = tell() else {
-        return ExitCode::SUCCESS;
-    };
-    let signal = INTERRUPTED.load(Ordering::Relaxed);
-    if signal == 0 {
-        say(Tone::Bad, &format!("The story did not happen: {error:#}"));
-        return ExitCode::FAILURE;
-    }
-    say(Tone::Bad, "Interrupted; everything was cleared away.");
-    // As a shell says it of a command that a signal ended.
-    u8::try_from(128 + signal).map_or(ExitCode::FAILURE, ExitCode::from)
-}
-
-/// How a line is meant.
-#[derive(Debug, Clone, Copy)]
-enum Tone {
-    Plain,
-    Title,
-    Command,
-    Good,
-    Bad,
-}
-
-/// Prints a line; in colour only to a terminal whose user has nothing against it.
-fn say(tone: Tone, text: &str) {
-    let mut out = io::stdout().lock();
-    let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let code = match tone {
-        Tone::Plain => "",
-        Tone::Title => "1",
-        Tone::Command => "36",
-        Tone::Good => "32",
-        Tone::Bad => "31",
-    };
-    // A reader that has gone away is no reason to leave a lab behind.
-    let _written = if colour && !code.is_empty() {
-        io::Write::write_fmt(&mut out, format_args!("\x1b[{code}m{text}\x1b[0m\n"))
-    } else {
-        io::Write::write_fmt(&mut out, format_args!("{text}\n"))
-    };
-}
-
-fn title(text: &str) {
-    say(Tone::Plain, "");
-    say(Tone::Title, text);
-    say(Tone::Plain, "");
-}
-
-fn paragraph(lines: &[&str]) {
-    say(Tone::Plain, "");
-    for line in lines {
-        say(Tone::Plain, line);
-    }
-}
-
-/// Runs the injector, out of reach of a Ctrl-C that is meant for us.
-fn injector_apart(injector: &Injector, words: &[&str]) -> Result<Output> {
-    let mut command = injector.cli(words);
-    command.process_group(0);
-    command::run(command, command::DEADLINE)
-}
-
-/// Runs the injector as the user would, and shows the command.
-fn run(injector: &Injector, words: &[&str]) -> Result<String> {
-    say(Tone::Command, &format!("$ injector {}", words.join(" ")));
-    let output = injector_apart(injector, words)?
-        .success()
-        .with_context(|| injector.daemon_log())?;
-    for line in output.stdout.lines().chain(output.stderr.lines()) {
-        say(Tone::Plain, &format!("  {line}"));
-    }
-    Ok(output.stdout)
-}
-
-/// The injector's own lab, taken down whatever happens.
-struct DemoLab<'a> {
-    injector: &'a Injector,
-    name: String,
-}
-
-impl<'a> DemoLab<'a> {
-    fn up(injector: &'a Injector, name: String) -> Result<Self> {
-        let lab = Self { injector, name };
-        run(
-            injector,
-            &[
-                "lab",
-                "up",
-                "--nodes",
-                &(MEMBERS + 1).to_string(),
-                "--name",
-                &lab.name,
-            ],
-        )?;
-        Ok(lab)
-    }
-
-    fn nodes(&self) -> Result<Vec<Node>> {
-        (1..=u8::try_from(MEMBERS + 1)?)
-            .map(|number| {
-                Ok(Node {
-                    ns: Netns::named(&format!("injector-{}-n{number}", self.name)),
-                    v4: [10, 77, 0, number].into(),
-                    v6: [0xfd77, 0, 0, 0, 0, 0, 0, u16::from(number)].into(),
-                    mac: [0; 6],
-                })
-            })
-            .collect()
-    }
-
-    fn switch(&self) -> Netns {
-        Netns::named(&format!("injector-{}-sw", self.name))
-    }
-}
-
-impl Drop for DemoLab<'_> {
-    fn drop(&mut self) {
-        for words in [
-            &["heal", "--all"][..],
-            &["lab", "down", "--name", &self.name],
-        ] {
-            match injector_apart(self.injector, words) {
-                Ok(output) if output.status.success() => {
-                    say(Tone::Command, &format!("$ injector {}", words.join(" ")));
-                }
-                Ok(output) => say(Tone::Bad, &output.describe()),
-                Err(error) => say(Tone::Bad, &format!("{error:#}")),
-            }
-        }
-    }
-}
-
-fn tell() -> Result<()> {
-    ensure!(
-        nix::unistd::geteuid().is_root(),
-        "network namespaces need root: run `cargo xtask demo`, which asks for it"
-    );
-    let action = SigAction::new(
-        SigHandler::Handler(interrupted),
-        SaFlags::SA_RESTART,
-        SigSet::empty(),
-    );
-    for signal in ENDINGS {
-        // SAFETY: the handler only stores to atomics.
-        unsafe { sigaction(signal, &action) }.context("sigaction")?;
-    }
-    sweep()?;
+/// Plays it.
+pub(crate) fn tell(injector: &Injector) -> Result<()> {
     let began = Instant::now();
-    let before = Snapshot::of_host()?;
-    let injector = Injector::new()?;
-
     paragraph(&[
         "An etcd of three servers runs in a lab on this machine, and a client writes to",
         "it all the while. Its leader is cut off from the other two, and reconnected.",
@@ -205,7 +28,7 @@ fn tell() -> Result<()> {
         "acknowledged is lost.",
     ]);
     title("1. Three servers and a client on a switch, each in a network namespace of its own");
-    let lab = DemoLab::up(&injector, format!("{DEMO_LAB}{}", std::process::id()))?;
+    let lab = DemoLab::up(injector, MEMBERS + 1)?;
     let etcd = Etcd::start_on(lab.nodes()?, lab.switch(), None)?;
     let writers = Writers::start(&etcd, "demo/");
     paragraph(&[
@@ -216,7 +39,7 @@ fn tell() -> Result<()> {
     ]);
     say(Tone::Plain, "");
     let story = Story {
-        injector: &injector,
+        injector,
         etcd: &etcd,
         writers: &writers,
         began,
@@ -232,18 +55,6 @@ fn tell() -> Result<()> {
     drop(writers);
     drop(etcd);
     drop(lab);
-    run(&injector, &["down"])?;
-    wait_until("the host is as it was", Duration::from_secs(10), || {
-        before.must_equal(&Snapshot::of_host()?).map(|()| true)
-    })?;
-    say(Tone::Plain, "");
-    say(
-        Tone::Good,
-        &format!(
-            "This machine's interfaces, filters, routes and settings are as they were. {:.0} s in all.",
-            began.elapsed().as_secs_f64()
-        ),
-    );
     Ok(())
 }
 
