@@ -160,7 +160,7 @@ struct Check {
 }
 
 /// What this kernel lacks for lanes.
-fn lacking_for_lanes(setup: &Setup, built: &Built) -> Result<Vec<String>> {
+pub(crate) fn lacking_for_lanes(setup: &Setup, built: &Built) -> Result<Vec<String>> {
     const PURPOSE: &str = "looking for what this kernel offers";
     let mut command = as_root(setup, built, "injector", PURPOSE)?;
     let output = process::output(command.args(["check", "--json"]), PURPOSE)?;

@@ -141,7 +141,8 @@ fn tiers(options: &Options, total: &mut Outcome, times: &mut Vec<Row>) -> Result
             Tier::Unit => unit(&built, options),
             Tier::Lint => lint::run(&setup),
             Tier::Vm => Ok(machines(&setup, &built, options)),
-            Tier::Program | Tier::Lab => privileged(tier, &setup, &built, options),
+            Tier::Program => privileged(tier.name(), &setup, &built, options),
+            Tier::Lab => lab(&setup, &built, options),
         };
         let outcome = outcome.unwrap_or_else(|error| {
             println!("tier {} ... FAILED: {error:#}", tier.name());
@@ -227,9 +228,28 @@ fn is_privileged(executable: &Executable) -> bool {
     executable.kind == "test" && executable.package_name() == PRIVILEGED_PACKAGE
 }
 
-/// A tier that runs as root: the integration test of its name in the package of end-to-end tests.
-fn privileged(tier: Tier, setup: &Setup, built: &Built, options: &Options) -> Result<Outcome> {
-    let name = tier.name();
+/// The tier of network namespaces; where this kernel can have lanes, their tests run here too.
+fn lab(setup: &Setup, built: &Built, options: &Options) -> Result<Outcome> {
+    let mut outcome = privileged(Tier::Lab.name(), setup, built, options)?;
+    if Privilege::find() == Privilege::None {
+        return Ok(outcome);
+    }
+    let lacking = run::lacking_for_lanes(setup, built)?;
+    if lacking.is_empty() {
+        println!("\n{LANE}");
+        outcome.add(privileged(LANE, setup, built, options)?);
+    } else {
+        println!(
+            "\n{LANE}: this kernel has no {}: these tests run in virtual machines (tier {})",
+            lacking.join(", no "),
+            Tier::Vm.name()
+        );
+    }
+    Ok(outcome)
+}
+
+/// A test program that runs as root: an integration test in the package of end-to-end tests.
+fn privileged(name: &str, setup: &Setup, built: &Built, options: &Options) -> Result<Outcome> {
     let executable = built
         .tests()
         .find(|one| is_privileged(one) && one.name == name)
@@ -272,18 +292,21 @@ fn privileged(tier: Tier, setup: &Setup, built: &Built, options: &Options) -> Re
 /// What runs on which kernel. The proof is on the oldest and on the newest; in between it is enough to see that
 /// everything loads and works at all, unless everything is asked for.
 const ON_KERNELS: [(&str, &str, Option<&str>); 5] = [
-    ("6.1", "lane", None),
+    ("6.1", LANE, None),
     ("6.1", "program", Some("kernel")),
-    ("newest", "lane", None),
+    ("newest", LANE, None),
     ("newest", "program", Some("kernel")),
-    ("6.12", "lane", Some("smoke")),
+    ("6.12", LANE, Some("smoke")),
 ];
 
 /// Lines of kernels for everything.
 const ALL_KERNELS: [&str; 4] = ["6.1", "6.12", "6.18", "newest"];
 
+/// The test program of what needs lanes.
+const LANE: &str = "lane";
+
 /// Test programs that run in virtual machines.
-pub(crate) const IN_MACHINES: [&str; 3] = ["lane", "program", "lab"];
+pub(crate) const IN_MACHINES: [&str; 3] = [LANE, "program", "lab"];
 
 /// How long one test program may take in emulation.
 const MACHINE_DEADLINE: Duration = Duration::from_mins(15);

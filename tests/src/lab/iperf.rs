@@ -63,7 +63,7 @@ pub fn iperf(from: &Node, to: &Node, arguments: &[&str]) -> Result<Report> {
         Ok(Some(Report(serde_json::from_str(&output.stdout)?)))
     })?;
     server
-        .wait(Duration::from_secs(10))?
+        .wait(Duration::from_secs(30))?
         .context("the iperf3 server did not end after its one test")?;
     Ok(report)
 }
