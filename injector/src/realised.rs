@@ -4,7 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     protocol::RuleCounters,
-    rules::shaping::{Distribution, Loss, Shaping},
+    rules::{
+        shaping::{Distribution, Loss, Shaping},
+        text::distribution::TABLE_SCALE,
+    },
 };
 
 /// One fault, as asked and as it turned out.
@@ -62,13 +65,18 @@ pub fn realised(shaping: &Shaping, counters: &RuleCounters) -> Vec<Realised> {
         );
     }
     if let Some(delay) = &shaping.delay {
-        let shift = match delay.distribution {
+        let base = delay.base.as_secs_f64();
+        let asked = match &delay.distribution {
             // Its jitter is the mean of what comes on top.
-            Distribution::Exponential => delay.jitter.as_secs_f64(),
+            Distribution::Exponential => base + delay.jitter.as_secs_f64(),
+            Distribution::Table(numbers) => {
+                let unit = delay.jitter.as_secs_f64() / signed(TABLE_SCALE);
+                numbers.mean(|value| (base + unit * signed(value)).max(0.0))
+            }
+            Distribution::Samples(numbers) => numbers.mean(|value| base + signed(value) / 1e9),
             // netem's tables are centred on the mean of the whole Pareto distribution.
-            _ => 0.0,
+            _ => base,
         };
-        let asked = delay.base.as_secs_f64() + shift;
         let given = float(counters.delayed_ns) / 1e9;
         add(
             "delay",
@@ -131,6 +139,11 @@ pub fn mean_loss(loss: Loss) -> f64 {
 )]
 fn share(threshold: u64) -> f64 {
     threshold as f64 / 4_294_967_296.0
+}
+
+#[expect(clippy::cast_precision_loss, reason = "it is shown with a few digits")]
+fn signed(number: i64) -> f64 {
+    number as f64
 }
 
 #[expect(clippy::cast_precision_loss, reason = "it is shown with a few digits")]

@@ -11,6 +11,7 @@ use serde::de::Error as _;
 use serde_json::Value;
 
 use super::{
+    distribution_file,
     exit::Failure,
     report,
     rule_args::{Names, absolute_netns},
@@ -88,6 +89,9 @@ impl ApplyArgs {
                     if !list.is_empty() {
                         *list = names.resolve(list)?;
                     }
+                }
+                if let Some(text) = &mut spec.fault.distribution {
+                    *text = distribution_file::inline(text)?;
                 }
                 if let Some(netns) = &mut spec.netns {
                     *netns = absolute_netns(netns)?;

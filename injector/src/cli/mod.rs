@@ -8,6 +8,7 @@ mod apply;
 mod check;
 mod completions;
 mod daemon;
+mod distribution_file;
 mod down;
 mod events;
 mod exec;

@@ -8,7 +8,10 @@ use std::{
 
 use clap::Args;
 
-use super::exit::{Exit, Failure};
+use super::{
+    distribution_file,
+    exit::{Exit, Failure},
+};
 use crate::{
     lab,
     rules::{FaultSpec, RuleSpec, hosts::Hosts, model::Rule, text::address},
@@ -203,10 +206,11 @@ pub(super) struct RuleArgs {
         help_heading = "What else happens to them, packet by packet"
     )]
     pub(super) jitter: Option<String>,
-    /// With --jitter: uniform, normal, pareto, paretonormal, exponential or lognormal [default: uniform]
+    /// With --jitter: uniform, normal, pareto, paretonormal, exponential, lognormal, or a file of netem's (its
+    /// name ends in .dist); without: a file with samples of delay, one a line [default: uniform]
     #[arg(
         long,
-        value_name = "NAME",
+        value_name = "NAME|file:PATH",
         help_heading = "What else happens to them, packet by packet"
     )]
     pub(super) distribution: Option<String>,
@@ -408,7 +412,11 @@ impl RuleArgs {
                 copy_delay: self.copy_delay.clone(),
                 delay: self.delay.clone(),
                 jitter: self.jitter.clone(),
-                distribution: self.distribution.clone(),
+                distribution: self
+                    .distribution
+                    .as_deref()
+                    .map(distribution_file::inline)
+                    .transpose()?,
                 correlation: self.correlation.clone(),
                 order: self.order.clone(),
                 reorder: self.reorder.clone(),

@@ -11,6 +11,7 @@ use injector_common::{
 };
 
 use super::{
+    distribution,
     image::{Image, PrefixOf, TargetImage},
     intern::{Indices, Meaning, TooMany},
     prefixes::{Condition, ROOT, Resolved, StateId, prefix_of, resolve},
@@ -55,6 +56,13 @@ pub enum CompileError {
         /// Some of them.
         names: String,
     },
+    /// More distributions of delay are given than there are tables.
+    #[error(
+        "the rules in force and those asked for give more than {} different distributions of delay \
+         (file:PATH); let rules share them, or heal some",
+        distribution::MAX_GIVEN
+    )]
+    TooManyDistributions,
     /// More exemptions than there are slots.
     #[error(
         "{count} entries are protected, and at most {MAX_EXEMPTIONS} can be; join prefixes or ports"
@@ -274,6 +282,13 @@ impl Builder<'_> {
             self.image
                 .shapes
                 .insert(rule_slot(active), shape::shape(&active.rule.shaping));
+            let delay = active.rule.shaping.delay.as_ref();
+            if let Some(table) = delay.and_then(|delay| distribution::given(&delay.distribution)) {
+                self.image.give(rule_slot(active), table);
+            }
+        }
+        if self.image.given.len() > distribution::MAX_GIVEN {
+            return Err(BuildError::Compile(CompileError::TooManyDistributions));
         }
         Ok(())
     }

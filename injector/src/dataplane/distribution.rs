@@ -1,28 +1,49 @@
-//! Tables of the distributions of delay: quantiles in units of the jitter.
+//! Tables of the distributions of delay: quantiles in units of the jitter. Those that have names are always there;
+//! the numbers behind are for distributions that rules bring along.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use injector_common::layout::{
     DISTRIBUTION_NORMAL, DISTRIBUTION_NORMAL_CDF, DISTRIBUTION_SCALE, DISTRIBUTION_STEPS,
-    Distribution, distribution,
+    DISTRIBUTIONS, Distribution, distribution,
 };
 use statrs::distribution::{ContinuousCDF as _, Normal};
 
-use crate::rules::shaping;
+use crate::rules::{
+    numbers::Numbers,
+    shaping::{self, Delay},
+    text::distribution::TABLE_SCALE,
+};
 
 /// Numbers of the tables behind the two that the programs know.
 const PARETO: u32 = 2;
 const PARETO_NORMAL: u32 = 3;
 const EXPONENTIAL: u32 = 4;
 const LOG_NORMAL: u32 = 5;
+/// Tables that are always there.
+pub(super) const NAMED: u32 = 6;
+/// The first of the tables for given distributions.
+const FIRST_GIVEN: u32 = NAMED;
+
+/// Different given distributions that rules can have at once.
+pub const MAX_GIVEN: usize = (DISTRIBUTIONS - FIRST_GIVEN) as usize;
 
 /// Where a distribution goes on for ever, it is cut off at so many times the jitter.
 const FURTHEST: f64 = 8.0;
 /// Where netem's tables end: 16 bits, with 8192 for one (`NETEM_DIST_SCALE`, `include/uapi/linux/pkt_sched.h`).
 const FURTHEST_IN_NETEM: f64 = 4.0;
 
-/// The table that a rule's delays are drawn from.
-pub(super) fn number(distribution: shaping::Distribution) -> u32 {
+/// The table that a rule's delays are drawn from, if its distribution has a name; those of others are found by
+/// [`assign`].
+pub(super) fn number(distribution: &shaping::Distribution) -> u32 {
     match distribution {
-        shaping::Distribution::Uniform => distribution::UNIFORM,
+        shaping::Distribution::Uniform
+        | shaping::Distribution::Table(_)
+        | shaping::Distribution::Samples(_) => distribution::UNIFORM,
         shaping::Distribution::Normal => DISTRIBUTION_NORMAL,
         shaping::Distribution::Pareto => PARETO,
         shaping::Distribution::ParetoNormal => PARETO_NORMAL,
@@ -31,9 +52,10 @@ pub(super) fn number(distribution: shaping::Distribution) -> u32 {
     }
 }
 
-/// The quantile of a distribution at a probability above 0 and below 1, in units of the jitter.
+/// The quantile of a distribution at a probability above 0 and below 1, in units of the jitter; of samples in
+/// those of [`jitter`].
 #[must_use]
-pub fn quantile(distribution: shaping::Distribution, probability: f64) -> f64 {
+pub fn quantile(distribution: &shaping::Distribution, probability: f64) -> f64 {
     let normal = |probability| Normal::standard().inverse_cdf(probability);
     // netem/pareto.c and netem/paretonormal.c of iproute2: shape 3, its mean taken off, times four thirds.
     let pareto = |probability: f64| {
@@ -52,11 +74,91 @@ pub fn quantile(distribution: shaping::Distribution, probability: f64) -> f64 {
             let e = std::f64::consts::E;
             (normal(probability).exp() - e.sqrt()) / ((e - 1.0) * e).sqrt()
         }
+        shaping::Distribution::Table(numbers) => {
+            return float(numbers.at(probability)) / float(TABLE_SCALE);
+        }
+        shaping::Distribution::Samples(numbers) => {
+            return float(numbers.at(probability)) / float(unit_ns(numbers));
+        }
     };
     value.clamp(-FURTHEST, FURTHEST)
 }
 
-/// All tables, with their numbers.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "delays of up to an hour in nanoseconds have 42 bits"
+)]
+fn float(number: i64) -> f64 {
+    number as f64
+}
+
+/// In what the samples of a table are counted, nanoseconds: such that the longest one has no more than 14 bits
+/// before the binary point. With 16 bits behind it they are exact to a
+/// thousand-millionth of it.
+fn unit_ns(samples: &Numbers) -> i64 {
+    (samples.greatest() >> 14) + 1
+}
+
+/// What the values of a delay's table are in units of: its jitter.
+#[must_use]
+pub(super) fn jitter(delay: &Delay) -> Duration {
+    match &delay.distribution {
+        shaping::Distribution::Samples(numbers) => {
+            Duration::from_nanos(unit_ns(numbers).unsigned_abs())
+        }
+        _ => delay.jitter,
+    }
+}
+
+/// The table of a distribution that is given; `None` for one with a name.
+pub(super) fn given(distribution: &shaping::Distribution) -> Option<Arc<Distribution>> {
+    let (numbers, unit) = match distribution {
+        shaping::Distribution::Table(numbers) => (numbers, TABLE_SCALE),
+        shaping::Distribution::Samples(numbers) => (numbers, unit_ns(numbers)),
+        _ => return None,
+    };
+    let mut table = Box::new(EMPTY);
+    for (place, value) in table.quantiles.iter_mut().zip(numbers.quantiles()) {
+        // Samples are below 2^42, and below 2^14 units.
+        *place = i32::try_from((value << DISTRIBUTION_SCALE) / unit).unwrap_or(i32::MAX);
+    }
+    Some(Arc::from(table))
+}
+
+/// Numbers for given distributions: of a table that holds one already, or of one that is free. `held` are the
+/// given distributions in their tables, `in_use` the numbers that may not be written. `None` if they do not fit.
+pub(super) fn assign(
+    wanted: &[Arc<Distribution>],
+    held: &BTreeMap<u32, Arc<Distribution>>,
+    in_use: &BTreeSet<u32>,
+) -> Option<Vec<u32>> {
+    let known: Vec<Option<u32>> = wanted
+        .iter()
+        .map(|table| {
+            held.iter()
+                .find(|(_, there)| *there == table)
+                .map(|(number, _)| *number)
+        })
+        .collect();
+    let mut free = (FIRST_GIVEN..DISTRIBUTIONS)
+        .filter(|number| !in_use.contains(number) && !known.contains(&Some(*number)));
+    known
+        .iter()
+        .map(|number| number.or_else(|| free.next()))
+        .collect()
+}
+
+/// Whether a table is one for given distributions.
+pub(super) fn is_given(number: u32) -> bool {
+    (FIRST_GIVEN..DISTRIBUTIONS).contains(&number)
+}
+
+const EMPTY: Distribution = Distribution {
+    quantiles: [0; DISTRIBUTION_STEPS + 1],
+    reserved: 0,
+};
+
+/// All tables of named distributions, with their numbers.
 pub(super) fn tables() -> Vec<(u32, Distribution)> {
     let mut tables: Vec<(u32, Distribution)> = [
         shaping::Distribution::Normal,
@@ -68,8 +170,8 @@ pub(super) fn tables() -> Vec<(u32, Distribution)> {
     .into_iter()
     .map(|distribution| {
         let scale = f64::from(1_u32 << DISTRIBUTION_SCALE);
-        let table = table(|probability| quantile(distribution, probability) * scale);
-        (number(distribution), table)
+        let table = table(|probability| quantile(&distribution, probability) * scale);
+        (number(&distribution), table)
     })
     .collect();
     // The steps of this one are deviates from -8 to 8.
@@ -95,14 +197,10 @@ const _: () = assert!(STEPS as usize == DISTRIBUTION_STEPS);
 
 #[expect(
     clippy::cast_possible_truncation,
-    clippy::large_stack_arrays,
-    reason = "values are within 32 bits by their clamps; a table has 16 KiB, and there are six"
+    reason = "values are within 32 bits by their clamps"
 )]
 fn table_of_steps(value: impl Fn(f64) -> f64) -> Distribution {
-    let mut table = Distribution {
-        quantiles: [0; DISTRIBUTION_STEPS + 1],
-        reserved: 0,
-    };
+    let mut table = EMPTY;
     for (step, place) in (0..=STEPS).zip(&mut table.quantiles) {
         *place = value(f64::from(step)).round() as i32;
     }
@@ -145,9 +243,77 @@ mod tests {
                 injector_common::shape::quantile(&table, (probability * 4_294_967_296.0) as u64)
                     as f64
                     / scale;
-            let exact = quantile(shaping::Distribution::Normal, probability);
+            let exact = quantile(&shaping::Distribution::Normal, probability);
             assert!((read - exact).abs() < 2e-3, "{probability}: {read} {exact}");
         }
+    }
+
+    #[test]
+    fn samples_are_exact_and_tables_netem_s() {
+        let delay = |distribution| Delay {
+            base: Duration::from_millis(5),
+            jitter: Duration::from_millis(20),
+            distribution,
+            correlation: 0,
+            order: shaping::Order::Free,
+        };
+        let drawn = |delay: &Delay, share: f64| {
+            let shape = super::super::shape_of(&shaping::Shaping {
+                delay: Some(delay.clone()),
+                ..shaping::Shaping::default()
+            });
+            let table = given(&delay.distribution).unwrap();
+            let value = injector_common::shape::quantile(&table, (share * 4_294_967_296.0) as u64);
+            injector_common::shape::delayed(&shape, value)
+        };
+        for longest in [1_i64, 40_000_000, 3_600_000_000_000 - 1] {
+            let samples = Numbers::new(vec![0, longest / 2, longest]).unwrap();
+            let delay = delay(shaping::Distribution::Samples(samples));
+            for (share, sample) in [(0.1, 0), (0.5, longest / 2), (0.9, longest)] {
+                let off = drawn(&delay, share).abs_diff(5_000_000 + sample.unsigned_abs());
+                assert!(
+                    off <= 1 + (longest.unsigned_abs() >> 29),
+                    "{longest} {share}: {off}"
+                );
+            }
+        }
+        let table = Numbers::new(vec![-8192, 4096, 32767]).unwrap();
+        let delay = delay(shaping::Distribution::Table(table));
+        assert_eq!(drawn(&delay, 0.1), 0);
+        assert_eq!(drawn(&delay, 0.5), 15_000_000);
+        assert!(drawn(&delay, 0.9).abs_diff(85_000_000) < 4_000);
+    }
+
+    #[test]
+    fn given_tables_are_shared_kept_and_limited() {
+        let table = |value: i64| {
+            given(&shaping::Distribution::Table(
+                Numbers::new(vec![value]).unwrap(),
+            ))
+            .unwrap()
+        };
+        let none = BTreeSet::new();
+        let first = assign(&[table(1), table(2)], &BTreeMap::new(), &none).unwrap();
+        assert_eq!(first, [FIRST_GIVEN, FIRST_GIVEN + 1]);
+        let held = BTreeMap::from([(FIRST_GIVEN, table(1)), (FIRST_GIVEN + 1, table(2))]);
+        // One that is in use is not overwritten; one that is not may be, but not if it is what is wanted.
+        let in_use = BTreeSet::from([FIRST_GIVEN]);
+        assert_eq!(
+            assign(&[table(2)], &held, &in_use).unwrap(),
+            [FIRST_GIVEN + 1]
+        );
+        assert_eq!(
+            assign(&[table(3)], &held, &in_use).unwrap(),
+            [FIRST_GIVEN + 1]
+        );
+        assert_eq!(
+            assign(&[table(3), table(2)], &held, &in_use).unwrap(),
+            [FIRST_GIVEN + 2, FIRST_GIVEN + 1]
+        );
+        let many: Vec<Arc<Distribution>> = (0_i64..).take(MAX_GIVEN).map(table).collect();
+        assert!(assign(&many, &BTreeMap::new(), &none).is_some());
+        assert!(assign(&many, &held, &BTreeSet::from([FIRST_GIVEN + 5])).is_none());
+        assert!(!is_given(FIRST_GIVEN - 1) && is_given(DISTRIBUTIONS - 1));
     }
 
     #[test]

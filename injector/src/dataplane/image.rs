@@ -1,8 +1,13 @@
 //! A rule set as the tables hold it, in ordinary memory.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
-use injector_common::layout::{Bitmap, Class, PORT_CLASSES, PROTOCOL_CLASSES, RuleEntry, Shape};
+use injector_common::layout::{
+    Bitmap, Class, Distribution, PORT_CLASSES, PROTOCOL_CLASSES, RuleEntry, Shape,
+};
 
 use super::values::TargetSlot;
 
@@ -44,6 +49,22 @@ pub struct Image {
     pub rules: BTreeMap<u32, RuleEntry>,
     /// What rules do in lanes, by the same slots.
     pub shapes: BTreeMap<u32, Shape>,
+    /// Different distributions that rules have brought along.
+    pub given: Vec<Arc<Distribution>>,
+    /// By the slots of rules with one of them: its place in `given`.
+    pub given_of: BTreeMap<u32, usize>,
+}
+
+impl Image {
+    /// Remembers the distribution that the rule in a slot has brought along.
+    pub(super) fn give(&mut self, slot: u32, table: Arc<Distribution>) {
+        let known = self.given.iter().position(|there| *there == table);
+        let place = known.unwrap_or_else(|| {
+            self.given.push(table);
+            self.given.len() - 1
+        });
+        self.given_of.insert(slot, place);
+    }
 }
 
 impl Default for Image {
@@ -56,6 +77,8 @@ impl Default for Image {
             bitmaps: BTreeMap::new(),
             rules: BTreeMap::new(),
             shapes: BTreeMap::new(),
+            given: Vec::new(),
+            given_of: BTreeMap::new(),
         }
     }
 }

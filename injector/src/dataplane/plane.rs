@@ -20,9 +20,9 @@ use aya::{
     programs::SchedClassifier,
 };
 use injector_common::layout::{
-    Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, Held, MAX_EXEMPTIONS,
-    MAX_RULES, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape,
-    State, StateKey, Target, TargetCounters, family, hook, state_site,
+    Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey, Held,
+    MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters,
+    RuleEntry, Shape, State, StateKey, Target, TargetCounters, family, hook, state_site,
 };
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -220,6 +220,9 @@ pub struct DataPlane {
     states: BpfHashMap<MapData, StateKey, State>,
     held: BpfHashMap<MapData, FlowKey, Held>,
     lane_lost: PerCpuArray<MapData, u64>,
+    tables: Array<MapData, Distribution>,
+    /// The given distributions among `tables`.
+    given: BTreeMap<u32, Arc<Distribution>>,
     connections: BpfHashMap<MapData, FlowKey, Connection>,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     target_counters: PerCpuArray<MapData, TargetCounters>,
@@ -312,7 +315,7 @@ fn link_passes(ebpf: &mut Ebpf) -> Result<ProgramArray<MapData>, DataPlaneError>
     Ok(passes)
 }
 
-/// Fills the tables of the distributions of delay.
+/// Fills the tables of the named distributions of delay.
 fn write_distributions(tables: &mut Array<MapData, Distribution>) -> Result<(), DataPlaneError> {
     for (number, table) in distribution::tables() {
         tables
@@ -383,7 +386,8 @@ impl DataPlane {
                 caches.push((name, data, capacity));
             }
         }
-        write_distributions(&mut typed(take("TABLES")?, "TABLES")?)?;
+        let mut tables = typed(take("TABLES")?, "TABLES")?;
+        write_distributions(&mut tables)?;
         Ok(Self {
             egress,
             ingress,
@@ -401,6 +405,8 @@ impl DataPlane {
             states: typed(take("STATES")?, "STATES")?,
             held: typed(take("HELD")?, "HELD")?,
             lane_lost: typed(take("LANE_LOST")?, "LANE_LOST")?,
+            tables,
+            given: BTreeMap::new(),
             connections: typed(take("CONNECTIONS")?, "CONNECTIONS")?,
             rule_counters: typed(take("RULE_COUNTERS")?, "RULE_COUNTERS")?,
             target_counters: typed(take("TARGET_COUNTERS")?, "TARGET_COUNTERS")?,
@@ -518,9 +524,10 @@ impl DataPlane {
             bitmaps: self.sizes.bitmaps,
             prefixes: self.sizes.prefixes,
         };
-        let image = self.compiler.compile(targets, rules, exempt, capacity)?;
+        let mut image = self.compiler.compile(targets, rules, exempt, capacity)?;
         let epoch = self.epoch + 1;
         let copy = (epoch & 1) as u32;
+        self.write_given(&mut image)?;
         let prefixes_changed = self.write_prefixes(copy, &image)?;
         self.write_arrays(copy, targets, &image);
         let prepared = started.elapsed();
@@ -543,6 +550,36 @@ impl DataPlane {
             prepared,
             settled: flipped.elapsed(),
         })
+    }
+
+    /// Finds tables for the distributions that rules bring along, and writes those that are not there. Those that
+    /// rules in force draw from stay as they are.
+    fn write_given(&mut self, image: &mut Image) -> Result<(), CommitError> {
+        let in_use = self
+            .image()
+            .shapes
+            .values()
+            .map(|shape| shape.distribution)
+            .filter(|number| distribution::is_given(*number))
+            .collect();
+        let numbers = distribution::assign(&image.given, &self.given, &in_use)
+            .ok_or(CompileError::TooManyDistributions)?;
+        for (number, table) in numbers.iter().zip(&image.given) {
+            if self.given.get(number) != Some(table) {
+                // What it holds is not known after an error.
+                self.given.remove(number);
+                self.tables
+                    .set(*number, **table, 0)
+                    .map_err(|source| map_error("write to", "TABLES", source))?;
+                self.given.insert(*number, Arc::clone(table));
+            }
+        }
+        for (slot, place) in &image.given_of {
+            if let (Some(shape), Some(number)) = (image.shapes.get_mut(slot), numbers.get(*place)) {
+                shape.distribution = *number;
+            }
+        }
+        Ok(())
     }
 
     fn write_prefixes(&mut self, copy: u32, image: &Image) -> Result<usize, DataPlaneError> {
@@ -758,6 +795,12 @@ impl DataPlane {
             entries: Some(image.bitmaps.len() as u64),
             capacity: self.sizes.bitmaps,
             bytes: 2 * u64::from(self.sizes.bitmaps) * size_of::<Bitmap>() as u64,
+        });
+        tables.push(TableUse {
+            name: "distributions",
+            entries: Some(u64::from(distribution::NAMED) + image.given.len() as u64),
+            capacity: DISTRIBUTIONS,
+            bytes: memory(self.tables.map()),
         });
         tables.push(TableUse {
             name: "rules",

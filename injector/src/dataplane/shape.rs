@@ -25,7 +25,7 @@ pub(super) fn needs(rule: &Rule) -> u32 {
     bits
 }
 
-/// The table's entry of a rule.
+/// The table's entry of a rule, save for the number of a given distribution's table.
 #[must_use]
 pub fn shape(shaping: &Shaping) -> Shape {
     let mut shape = Shape::default();
@@ -84,8 +84,8 @@ pub fn shape(shaping: &Shaping) -> Shape {
 
 fn set_delay(shape: &mut Shape, delay: &Delay) {
     shape.delay_ns = nanoseconds(delay.base);
-    shape.jitter_ns = nanoseconds(delay.jitter);
-    shape.distribution = distribution::number(delay.distribution);
+    shape.jitter_ns = nanoseconds(distribution::jitter(delay));
+    shape.distribution = distribution::number(&delay.distribution);
     shape.free_order = u32::from(delay.order == Order::Free);
     shape.correlation = delay.correlation;
     // In integers: the root of 2^32 less the square is below 2^16.

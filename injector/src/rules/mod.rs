@@ -11,6 +11,7 @@ pub mod error;
 pub mod hosts;
 pub mod model;
 pub mod name;
+pub mod numbers;
 pub mod shaping;
 pub mod spec;
 pub mod text;

@@ -5,8 +5,9 @@ use std::{fmt::Write as _, time::Duration};
 
 use super::{
     error::{Problem, SpecError},
+    numbers::Numbers,
     spec::FaultSpec,
-    text::{duration, rate, share},
+    text::{distribution, duration, rate, share},
 };
 
 /// What a rule does to packets besides cutting them. Stages act in the order of the fields, each for itself.
@@ -73,9 +74,10 @@ pub struct Duplicate {
 /// Delay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Delay {
-    /// Its mean (for [`Distribution::Exponential`] the least).
+    /// Its mean (for [`Distribution::Exponential`] the least; [`Distribution::Samples`] come on top).
     pub base: Duration,
-    /// Its spread: half the width of the uniform distribution, else the standard deviation. Zero for none.
+    /// Its spread: half the width of the uniform distribution, else the standard deviation. Zero for none, and
+    /// under [`Distribution::Samples`].
     pub jitter: Duration,
     /// How it is spread.
     pub distribution: Distribution,
@@ -86,7 +88,7 @@ pub struct Delay {
 }
 
 /// Distributions of delay.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Hash, PartialOrd, Ord)]
 pub enum Distribution {
     /// Evenly between mean less jitter and mean plus jitter.
     #[default]
@@ -101,11 +103,16 @@ pub enum Distribution {
     Exponential,
     /// Log-normal, shape 1, scaled to the standard deviation.
     LogNormal,
+    /// Given: what netem draws from, where
+    /// [`TABLE_SCALE`](super::text::distribution::TABLE_SCALE) stands for the jitter.
+    Table(Numbers),
+    /// Given: the delays themselves, in nanoseconds; none below zero.
+    Samples(Numbers),
 }
 
 impl Distribution {
-    /// All of them.
-    pub const ALL: [Self; 6] = [
+    /// Those that have nothing but a name.
+    pub const NAMED: [Self; 6] = [
         Self::Uniform,
         Self::Normal,
         Self::Pareto,
@@ -116,7 +123,7 @@ impl Distribution {
 
     /// Its name.
     #[must_use]
-    pub fn name(self) -> &'static str {
+    pub fn name(&self) -> &'static str {
         match self {
             Self::Uniform => "uniform",
             Self::Normal => "normal",
@@ -124,6 +131,8 @@ impl Distribution {
             Self::ParetoNormal => "paretonormal",
             Self::Exponential => "exponential",
             Self::LogNormal => "lognormal",
+            Self::Table(_) => "table",
+            Self::Samples(_) => "samples",
         }
     }
 }
@@ -218,19 +227,13 @@ impl Shaping {
             || self.rate.is_some()
             || self.duplicate.is_some()
             || self.reorder.is_some()
-            || self
-                .delay
-                .as_ref()
-                .is_some_and(|delay| !delay.jitter.is_zero())
+            || self.delay.as_ref().is_some_and(Delay::varies)
     }
 
-    /// The longest that a packet may be held, spread included: distributions have no more than eight times the
-    /// jitter.
+    /// The longest that a packet may be held.
     #[must_use]
     pub fn longest_hold(&self) -> Duration {
-        let delay = self.delay.as_ref().map_or(Duration::ZERO, |delay| {
-            delay.base.saturating_add(delay.jitter.saturating_mul(8))
-        });
+        let delay = self.delay.as_ref().map_or(Duration::ZERO, Delay::longest);
         let copy = self.duplicate.map_or(Duration::ZERO, |one| one.copy_delay);
         let hold = self.reorder.map_or(Duration::ZERO, |one| one.hold);
         let queue = self.rate.map_or(Duration::ZERO, Rate::longest_wait);
@@ -256,8 +259,8 @@ impl Shaping {
                 "delay",
                 "packets would be held for too long",
                 format!(
-                    "delay, eight times the jitter, copy_delay, hold, the queue and the stall together may be {} at \
-                     most",
+                    "delay, eight times the jitter or the longest sample, copy_delay, hold, the queue and the stall \
+                     together may be {} at most",
                     duration::format(LONGEST_HOLD)
                 ),
             ));
@@ -287,10 +290,10 @@ impl Shaping {
         }
         if let Some(delay) = &self.delay {
             spec.delay = Some(duration::format(delay.base));
-            if !delay.jitter.is_zero() {
-                spec.jitter = Some(duration::format(delay.jitter));
+            if delay.varies() {
+                spec.jitter = (!delay.jitter.is_zero()).then(|| duration::format(delay.jitter));
                 spec.distribution = (delay.distribution != Distribution::Uniform)
-                    .then(|| delay.distribution.name().to_owned());
+                    .then(|| distribution::format(&delay.distribution));
                 spec.correlation = (delay.correlation != 0)
                     .then(|| share::format(u64::from(delay.correlation) << 16));
             }
@@ -338,13 +341,8 @@ impl Shaping {
         }
         if let Some(delay) = &self.delay {
             let mut text = format!("delay {}", duration::format(delay.base));
-            if !delay.jitter.is_zero() {
-                let _ = write!(
-                    text,
-                    " ± {} {}",
-                    duration::format(delay.jitter),
-                    delay.distribution.name()
-                );
+            if delay.varies() {
+                text.push_str(&delay.describe_spread());
                 if delay.correlation != 0 {
                     let _ = write!(
                         text,
@@ -373,6 +371,46 @@ impl Shaping {
             parts.push(text);
         }
         parts
+    }
+}
+
+impl Delay {
+    /// Whether packets have delays of their own.
+    #[must_use]
+    pub fn varies(&self) -> bool {
+        !self.jitter.is_zero() || matches!(self.distribution, Distribution::Samples(_))
+    }
+
+    /// The longest: distributions have no more than eight times the jitter.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        let above = match &self.distribution {
+            Distribution::Samples(numbers) => {
+                Duration::from_nanos(numbers.greatest().unsigned_abs())
+            }
+            _ => self.jitter.saturating_mul(8),
+        };
+        self.base.saturating_add(above)
+    }
+
+    fn describe_spread(&self) -> String {
+        let jitter = duration::format(self.jitter);
+        match &self.distribution {
+            Distribution::Table(numbers) => {
+                format!(" ± {jitter} by a table of {}", numbers.values().len())
+            }
+            Distribution::Samples(numbers) => {
+                let time =
+                    |value: i64| duration::format(Duration::from_nanos(value.unsigned_abs()));
+                format!(
+                    " and one of {} samples from {} to {}",
+                    numbers.values().len(),
+                    time(numbers.least()),
+                    time(numbers.greatest())
+                )
+            }
+            named => format!(" ± {jitter} {}", named.name()),
+        }
     }
 }
 
@@ -547,14 +585,31 @@ fn delay(spec: &FaultSpec) -> Result<Option<Delay>, SpecError> {
         return Ok(None);
     };
     let jitter = field("jitter", spec.jitter.as_ref(), time)?.unwrap_or_default();
-    if base.is_zero() && jitter.is_zero() {
+    let distribution = field(
+        "distribution",
+        spec.distribution.as_ref(),
+        distribution::parse,
+    )?;
+    let longest_sample = match &distribution {
+        Some(Distribution::Samples(numbers)) => Some(numbers.greatest()),
+        _ => None,
+    };
+    if base.is_zero() && jitter.is_zero() && longest_sample.is_none_or(|longest| longest == 0) {
         return Err(SpecError::field(
             "delay",
             "is no delay at all",
             "a duration above zero, such as 100ms",
         ));
     }
-    if jitter.is_zero() {
+    if longest_sample.is_some() {
+        if spec.jitter.is_some() {
+            return Err(SpecError::field(
+                "jitter",
+                "does not go with samples, which are delays by themselves",
+                "leave jitter out, or give a table, whose numbers are in units of the jitter",
+            ));
+        }
+    } else if jitter.is_zero() {
         without("distribution", spec.distribution.is_some(), "jitter")?;
         without("correlation", spec.correlation.is_some(), "jitter")?;
         without("order", spec.order.is_some(), "jitter")?;
@@ -571,8 +626,7 @@ fn delay(spec: &FaultSpec) -> Result<Option<Delay>, SpecError> {
     Ok(Some(Delay {
         base,
         jitter,
-        distribution: field("distribution", spec.distribution.as_ref(), distribution)?
-            .unwrap_or_default(),
+        distribution: distribution.unwrap_or_default(),
         correlation: u32::try_from(correlation.unwrap_or(0)).unwrap_or(0),
         order: field("order", spec.order.as_ref(), order)?.unwrap_or_default(),
     }))
@@ -682,19 +736,6 @@ fn time(text: &str) -> Result<Duration, Problem> {
     duration::parse(text)
 }
 
-fn distribution(text: &str) -> Result<Distribution, Problem> {
-    Distribution::ALL
-        .into_iter()
-        .find(|one| one.name() == text)
-        .ok_or_else(|| {
-            let names: Vec<&str> = Distribution::ALL.iter().map(|one| one.name()).collect();
-            Problem::new(
-                "is not a distribution",
-                format!("one of {}", names.join(", ")),
-            )
-        })
-}
-
 fn order(text: &str) -> Result<Order, Problem> {
     match text {
         "keep" => Ok(Order::Keep),
@@ -722,6 +763,8 @@ mod tests {
             r#"{"delay":"100ms"}"#,
             r#"{"delay":"100ms","jitter":"20ms"}"#,
             r#"{"delay":"100ms","jitter":"20ms","distribution":"pareto","correlation":"25%","order":"free"}"#,
+            r#"{"delay":"100ms","jitter":"20ms","distribution":"table:-8192,0,8192"}"#,
+            r#"{"delay":"0s","distribution":"samples:10ms,12ms500us","order":"free"}"#,
             r#"{"reorder":"5%","hold":"3ms"}"#,
             r#"{"mtu_blackhole":1400}"#,
             r#"{"rate":"10mbit"}"#,
@@ -780,6 +823,21 @@ mod tests {
             (r#"{"delay":"0s"}"#, "delay"),
             (r#"{"delay":"2h"}"#, "delay"),
             (r#"{"delay":"1s","distribution":"normal"}"#, "distribution"),
+            (
+                r#"{"delay":"1s","distribution":"table:1,2"}"#,
+                "distribution",
+            ),
+            (
+                r#"{"delay":"1s","distribution":"samples:1,x"}"#,
+                "distribution",
+            ),
+            (
+                r#"{"delay":"1s","jitter":"1s","distribution":"samples:1,2"}"#,
+                "jitter",
+            ),
+            (r#"{"delay":"0s","distribution":"samples:0"}"#, "delay"),
+            (r#"{"delay":"0s","distribution":"samples:2h"}"#, "delay"),
+            (r#"{"distribution":"samples:1"}"#, "distribution"),
             (r#"{"delay":"1s","order":"free"}"#, "order"),
             (r#"{"delay":"1s","jitter":"1s","order":"none"}"#, "order"),
             (

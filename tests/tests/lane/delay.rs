@@ -1,6 +1,6 @@
 //! Delay: how exact, by which distribution, and that it does not slow the sender down.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, fs, time::Duration};
 
 use anyhow::{Result, ensure};
 use injector::{dataplane::distribution::quantile, rules::shaping::Distribution};
@@ -8,6 +8,7 @@ use libtest_mimic::Trial;
 use tests::{
     lab::{
         injector::Injector,
+        scratch::Scratch,
         tcp,
         timed::{Timed, delays, median},
         topology::{Lab, Node},
@@ -35,6 +36,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             "delay::distributions_are_the_asked_ones",
             NEEDS,
             distributions_are_the_asked_ones,
+        ),
+        trial(
+            "delay::distributions_of_files_are_the_asked_ones",
+            NEEDS,
+            distributions_of_files_are_the_asked_ones,
         ),
         trial(
             "delay::correlation_is_the_asked_one",
@@ -157,7 +163,7 @@ fn each_packet_gets_the_delay_that_its_number_draws() -> Result<()> {
         let stream = Stream::of_udp(SEED, "jittery", path.ends, true);
         let mut late = Vec::new();
         for (one, taken) in arrived.iter().zip(delays(&sent, &arrived)) {
-            let value = quantile(distribution, stream.delay(one.number.into()));
+            let value = quantile(&distribution, stream.delay(one.number.into()));
             let asked = (60.0 + 15.0 * value).max(0.0);
             late.push(taken - asked);
             // Interpolation is worst where the tails are steep.
@@ -176,12 +182,19 @@ fn each_packet_gets_the_delay_that_its_number_draws() -> Result<()> {
 }
 
 /// The greatest distance between the distribution of some values and an asked one (Kolmogorov-Smirnov).
-fn distance(values: &[f64], mean: f64, jitter: f64, distribution: Distribution) -> f64 {
+fn distance(values: &[f64], mean: f64, jitter: f64, distribution: &Distribution) -> f64 {
+    distance_from(values, |share| {
+        mean + jitter * quantile(distribution, share)
+    })
+}
+
+/// The same, of a distribution given by its quantiles.
+fn distance_from(values: &[f64], asked: impl Fn(f64) -> f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let steps = 10_000;
     let quantiles: Vec<f64> = (1..steps)
-        .map(|step| mean + jitter * quantile(distribution, f64::from(step) / f64::from(steps)))
+        .map(|step| asked(f64::from(step) / f64::from(steps)))
         .collect();
     let count = f64::from(u32::try_from(sorted.len()).unwrap_or(u32::MAX));
     (0_u32..)
@@ -226,14 +239,105 @@ fn distributions_are_the_asked_ones() -> Result<()> {
         let sent = path.send(1..=COUNT, Duration::from_micros(700))?;
         let arrived = path.receive(COUNT as usize, Duration::ZERO, Duration::from_secs(20))?;
         let taken = delays(&sent, &arrived);
-        let right = distance(&taken, 150.0, 40.0, distribution);
-        let other = distance(&taken, 150.0, 40.0, wrong);
+        let right = distance(&taken, 150.0, 40.0, &distribution);
+        let other = distance(&taken, 150.0, 40.0, &wrong);
         report(format!(
             "{name}: {right:.4} from itself, {other:.4} from {}",
             wrong.name()
         ));
         ensure!(right < BOUND, "{name}: {right} from what was asked");
         ensure!(other > BOUND, "{name}: {other} from {} too", wrong.name());
+        injector.stats()?.lanes_lost_nothing()?;
+        injector.json(&["heal", "jittery"])?;
+    }
+    Ok(())
+}
+
+/// Three delays in four lie evenly in the first half of the range, one in the last quarter, none between: the
+/// quantile at `share`, from -1 to 1.
+fn two_clusters(share: f64) -> f64 {
+    if share < 0.75 {
+        share / 0.75 - 1.0
+    } else {
+        2.0 * share - 1.0
+    }
+}
+
+/// With the bounds of [`distributions_are_the_asked_ones`]: the density is at most 0.75 / 40 ms. What it must not be
+/// taken for is the uniform distribution over the same range, whose distance is a quarter.
+fn distributions_of_files_are_the_asked_ones() -> Result<()> {
+    const COUNT: u32 = 1500;
+    const BOUND: f64 = 0.0696 + 0.035;
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let scratch = Scratch::new()?;
+    let injector = Injector::started(&[])?;
+    let shares = || (0..5000).map(|step| (f64::from(step) + 0.5) / 5000.0);
+    // Eight to a line, as iproute2 has them; 16384 is twice the jitter.
+    let table: Vec<String> = shares()
+        .map(|share| format!("{:.0}", 8192.0 * two_clusters(share)))
+        .collect();
+    let lines: Vec<String> = table.chunks(8).map(|line| line.join(" ")).collect();
+    let dist = scratch.path().join("clusters.dist");
+    fs::write(&dist, format!("# two clusters\n{}\n", lines.join("\n")))?;
+    // In no order, and in three ways to write them. The other 40 ms are the rule's own delay.
+    let samples: Vec<String> = (0_u32..)
+        .zip(shares())
+        .map(|(index, share)| {
+            let milliseconds = 110.0 + 40.0 * two_clusters(share);
+            let text = match index % 3 {
+                0 => format!("{milliseconds:.3}"),
+                1 => format!("{milliseconds:.4}ms # with its unit"),
+                _ => format!("{:.6}s", milliseconds / 1000.0),
+            };
+            (index.wrapping_mul(2_654_435_761), text)
+        })
+        .collect::<BTreeMap<u32, String>>()
+        .into_values()
+        .collect();
+    let file = scratch.path().join("rtt.txt");
+    fs::write(&file, samples.join("\n"))?;
+    for (how, name) in [
+        (
+            format!(
+                "--delay 150ms --jitter 40ms --distribution file:{}",
+                dist.display()
+            ),
+            "table",
+        ),
+        (
+            format!("--delay 40ms --distribution file:{}", file.display()),
+            "samples",
+        ),
+    ] {
+        injector.add(&format!(
+            "jittery --netns {} --iface eth0 --to {} --proto udp {how} --order free --seed 4",
+            a.netns(),
+            b.v4
+        ))?;
+        let path = Timed::v4(a, 6000, b, 7000)?;
+        let sent = path.send(1..=COUNT, Duration::from_micros(700))?;
+        let arrived = path.receive(COUNT as usize, Duration::ZERO, Duration::from_secs(20))?;
+        let taken = delays(&sent, &arrived);
+        let right = distance_from(&taken, |share| 150.0 + 40.0 * two_clusters(share));
+        let other = distance(&taken, 150.0, 40.0, &Distribution::Uniform);
+        report(format!(
+            "{name}: {right:.4} from the file, {other:.4} from uniform"
+        ));
+        ensure!(right < BOUND, "{name}: {right} from what was asked");
+        ensure!(other > BOUND, "{name}: {other} from uniform too");
+        let list = injector.json(&["list"])?;
+        fs::remove_file(if name == "table" { &dist } else { &file })?;
+        // What is listed says the same without the file.
+        let listed = scratch.path().join("rules.json");
+        fs::write(&listed, list.to_string())?;
+        let applied = injector.json(&["apply", &listed.to_string_lossy()])?;
+        ensure!(
+            applied["unchanged"] == serde_json::json!(["jittery"]),
+            "applied again: {}",
+            applied["unchanged"]
+        );
         injector.stats()?.lanes_lost_nothing()?;
         injector.json(&["heal", "jittery"])?;
     }
@@ -263,7 +367,7 @@ fn correlation_is_the_asked_one() -> Result<()> {
         arrived.sort_by_key(|one| one.number);
         let taken = delays(&sent, &arrived);
         let found = autocorrelation(&taken);
-        let far = distance(&taken, 150.0, 40.0, Distribution::Normal);
+        let far = distance(&taken, 150.0, 40.0, &Distribution::Normal);
         report(format!(
             "asked {asked}, found {found:.3}; {far:.4} from normal"
         ));

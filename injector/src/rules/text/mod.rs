@@ -2,6 +2,7 @@
 //! that the two are seen side by side.
 
 pub mod address;
+pub mod distribution;
 pub mod dscp;
 pub mod duration;
 pub mod flap;
