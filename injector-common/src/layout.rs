@@ -269,6 +269,10 @@ pub mod lane_mark {
 
     /// Set in every mark.
     pub const SET: u16 = 1 << 15;
+    /// The lower half of the packet's hash is the `tc_index` that it had.
+    pub const INDEX: u16 = 1 << 14;
+    /// The packet's priority is [`super::PRIORITY_CONTROL`] where it now is [`super::PRIORITY_HELD`].
+    pub const CONTROL: u16 = 1 << 13;
     const DIRECTION: u16 = 1 << 12;
     const SLOT: u16 = DIRECTION - 1;
 
@@ -292,6 +296,67 @@ pub mod lane_mark {
             hook::EGRESS
         };
         (mark & SLOT, hook)
+    }
+}
+
+/// Part of a priority that qdiscs choose by: `TC_PRIO_MAX`, include/uapi/linux/pkt_sched.h.
+pub const PRIORITY_CLASS: u32 = 15;
+/// `TC_PRIO_CONTROL`. Up to 6.6 fq sends packets of this priority at once, whatever their departure time
+/// (`fq_classify`, net/sched/sch_fq.c).
+pub const PRIORITY_CONTROL: u32 = 7;
+/// What stands in its place while a lane holds the packet; fq gives it no special treatment.
+pub const PRIORITY_HELD: u32 = 15;
+
+/// What a lane may hold, and what it holds. The line's program adds, the carrier's takes away.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LaneLoad {
+    /// What it holds: a [`lane_load`].
+    pub held: u64,
+    /// Packets that it may hold: up to [`lane_load::MAX_PACKETS`].
+    pub most_packets: u64,
+    /// Bytes of memory that it may hold: up to [`lane_load::MAX_BYTES`].
+    pub most_bytes: u64,
+    /// Wire packets that it had no room for, and that were lost.
+    pub full_packets: u64,
+}
+
+/// What a lane holds, in one word, so that one atomic addition keeps both: packets in the upper 24 bits, the bytes
+/// of memory that they take in the lower 40.
+///
+/// The word is signed: should more be taken away than was added (a packet that a device cut up on its way out),
+/// the lane counts as empty, not as full, until user space finds it idle and puts the count right.
+pub mod lane_load {
+    const SHIFT: u32 = 40;
+    /// Packets at most: 23 bits.
+    pub const MAX_PACKETS: u64 = (1 << 23) - 1;
+    /// Bytes at most.
+    pub const MAX_BYTES: u64 = (1 << SHIFT) - 1;
+    /// What a packet takes besides its bytes: its `sk_buff` (256 bytes), `skb_shared_info` (320), and what its
+    /// headroom and the allocator's sizes leave unused. With 768 a frame of 1,514 bytes counts as 2,282, and its
+    /// `truesize` is 2,304; a super-packet's is little more than its bytes. A clone that shares its data with a
+    /// sender's retransmission queue counts in full.
+    pub const PACKET: u64 = 768;
+
+    /// What a packet of so many bytes adds.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(length: u32) -> u64 {
+        1 << SHIFT | (length as u64 + PACKET)
+    }
+
+    /// The packets of a load.
+    #[inline(always)]
+    #[must_use]
+    pub const fn packets(load: u64) -> u64 {
+        if load >> 63 != 0 { 0 } else { load >> SHIFT }
+    }
+
+    /// The bytes of a load.
+    #[inline(always)]
+    #[must_use]
+    pub const fn bytes(load: u64) -> u64 {
+        if load >> 63 != 0 { 0 } else { load & MAX_BYTES }
     }
 }
 
@@ -741,6 +806,7 @@ const _: () = {
     assert!(size_of::<StateKey>() == 48);
     assert!(size_of::<State>() == 24);
     assert!(size_of::<Held>() == 8);
+    assert!(size_of::<LaneLoad>() == 32);
     assert!(size_of::<Shape>() == 168);
     assert!(size_of::<Distribution>() == 4 * (DISTRIBUTION_STEPS + 2));
     assert!(size_of::<Connection>() == 16);
@@ -755,7 +821,8 @@ const _: () = {
 mod pod {
     use super::{
         Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, FragmentKey, Held,
-        Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper,
+        LaneLoad, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters,
+        Upper,
     };
 
     macro_rules! pod {
@@ -775,6 +842,7 @@ mod pod {
         FlowKey,
         FragmentKey,
         Held,
+        LaneLoad,
         Prefix,
         RuleCounters,
         RuleEntry,
@@ -785,4 +853,40 @@ mod pod {
         TargetCounters,
         Upper,
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_s_load_keeps_packets_and_bytes_apart() {
+        let mut load = 0_u64;
+        for length in [64, 1514, 65_549] {
+            load = load.wrapping_add(lane_load::of(length));
+        }
+        assert_eq!(lane_load::packets(load), 3);
+        assert_eq!(lane_load::bytes(load), 64 + 1514 + 65_549 + 3 * 768);
+        for length in [1514, 65_549, 64] {
+            load = load.wrapping_sub(lane_load::of(length));
+        }
+        assert_eq!(load, 0);
+        // More left than came: empty, not full.
+        load = load.wrapping_sub(lane_load::of(64));
+        assert_eq!((lane_load::packets(load), lane_load::bytes(load)), (0, 0));
+        load = load.wrapping_add(lane_load::of(64));
+        assert_eq!(load, 0);
+    }
+
+    #[test]
+    fn marks_keep_their_parts_apart() {
+        for target in [1, MAX_TARGETS - 1] {
+            for direction in [hook::EGRESS, hook::INGRESS] {
+                let mark = lane_mark::of(target, direction);
+                assert_eq!(mark & (lane_mark::INDEX | lane_mark::CONTROL), 0);
+                let all = mark | lane_mark::INDEX | lane_mark::CONTROL;
+                assert_eq!(lane_mark::read(all), (target, direction));
+            }
+        }
+    }
 }

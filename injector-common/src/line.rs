@@ -37,7 +37,13 @@ pub struct Entry {
     pub departure_ns: u64,
     /// When its connection was seen to begin ([`Work::connection`]).
     pub connection: u64,
+    /// The `tc_index` that it had before it was marked.
+    pub index: u64,
 }
+
+/// A sender's wish for a later departure counts up to so far ahead, nanoseconds: as far as fq honours it with its
+/// usual horizon.
+pub const PACED_MOST_NS: u64 = 10_000_000_000;
 
 /// What becomes of a packet in a lane.
 #[derive(Debug, Clone, Copy, Default)]
@@ -152,11 +158,9 @@ pub fn line<P: Packet, T: Tables>(
     line.free = 0;
     line.stages = 0;
     line.mark = 0;
-    line.begin_ns = if entry.departure_ns > work.now_ns {
-        entry.departure_ns
-    } else {
-        work.now_ns
-    };
+    // (`clamp` would bring a panic along.)
+    let latest = work.now_ns.saturating_add(PACED_MOST_NS);
+    line.begin_ns = entry.departure_ns.min(latest).max(work.now_ns);
     line.after_ns[0] = 0;
     if work.missing == 0 && work.found.count != 0 {
         tables.repeat::<Strike>(work.found.count, work);

@@ -12,15 +12,19 @@
 //! mark in its `tc_index` ([`lane_mark`]), which clones, redirects, segmentation and fq leave alone.
 
 use aya_ebpf::{
-    EbpfContext as _,
     bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_STOLEN, TC_ACT_UNSPEC},
     helpers::{
-        bpf_clone_redirect, bpf_redirect, bpf_set_hash, bpf_skb_ecn_set_ce, bpf_skb_vlan_pop,
+        bpf_clone_redirect, bpf_redirect, bpf_set_hash, bpf_set_hash_invalid, bpf_skb_ecn_set_ce,
+        bpf_skb_vlan_pop,
     },
     programs::TcContext,
 };
 use injector_common::{
-    layout::{hook, lane_mark, lane_vlan, needs},
+    decide::Tables as _,
+    layout::{
+        PRIORITY_CLASS, PRIORITY_CONTROL, PRIORITY_HELD, hook, lane_load, lane_mark, lane_vlan,
+        needs,
+    },
     line::{Entry, LineOutcome, SENT, line as decide_line},
 };
 
@@ -32,6 +36,19 @@ use crate::{
 /// The skb's `tstamp` is the departure time that its sender asks for, by the monotonic clock
 /// (`BPF_SKB_TSTAMP_DELIVERY_MONO`, include/uapi/linux/bpf.h).
 const DELIVERY_MONO: u8 = 1;
+
+/// Multiplier that spreads a number over the upper bits of the product: 2^64 over the golden ratio.
+const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Where a hash keeps a packet's `tc_index`.
+const INDEX_MASK: u32 = 0xffff;
+
+/// Skbs longer than this, with their link-layer header, are cut up before a VLAN device sends them, as its
+/// `gso_max_size` has it (`gso_features_check`, net/core/dev.c, from 6.1 on): BIG TCP.
+const LONGEST: u32 = 0xffff;
+
+/// Bytes of a VLAN tag.
+const VLAN_LENGTH: u32 = 4;
 
 /// VLAN identifier in a tag.
 const VLAN_MASK: u32 = 0xfff;
@@ -46,7 +63,9 @@ pub(crate) enum Returned {
     Arrives,
 }
 
-/// Whether the packet comes back from a lane to this target. Its mark is taken off.
+/// Whether the packet comes back from a lane to this target. Its mark is taken off, and it gets its `tc_index`
+/// back. The hash that it was queued by goes: what comes after may spread flows by it, and packets that may be
+/// overtaken had one each.
 #[inline(always)]
 pub(crate) fn returned(ctx: &TcContext, direction: u32) -> Returned {
     let skb = ctx.skb.skb;
@@ -67,7 +86,12 @@ pub(crate) fn returned(ctx: &TcContext, direction: u32) -> Returned {
         if marked != direction && !loopback {
             return Returned::Not;
         }
-        (*skb).tc_index = 0;
+        (*skb).tc_index = if mark & lane_mark::INDEX != 0 {
+            (*skb).hash & INDEX_MASK
+        } else {
+            0
+        };
+        bpf_set_hash_invalid(skb);
         if loopback && marked == hook::EGRESS {
             Returned::Arrives
         } else {
@@ -101,8 +125,9 @@ pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
                 0
             },
             connection: work.connection,
+            index: u64::from((*skb).tc_index),
         };
-        let cut_up = work.enter & needs::WIRE != 0 && packets > 1;
+        let cut_up = (work.enter & needs::WIRE != 0 || (*skb).len > LONGEST) && packets > 1;
         let device = if cut_up {
             (*target).segmenter
         } else {
@@ -158,6 +183,11 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
         tables::count_lost(lost::STRAY);
         return TC_ACT_STOLEN;
     }
+    let from_segmenter = tag == u32::from(lane_vlan::SEGMENTER);
+    if !from_segmenter {
+        // SAFETY: the context is the program's own.
+        unsafe { release(skb) };
+    }
     let (slot, direction) = lane_mark::read(mark);
     let Some(target) = tables::target(u32::from(slot)) else {
         tables::count_lost(lost::RETURN);
@@ -169,8 +199,13 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
             tables::count_lost(lost::RETURN);
             return TC_ACT_STOLEN;
         }
-        if tag == u32::from(lane_vlan::SEGMENTER) {
+        if from_segmenter {
             return bpf_redirect((*target).line, 0) as i32;
+        }
+        // The line's queue says nothing of the target's: that goes by the flow (`skb_tx_hash`, net/core/dev.c).
+        (*skb).queue_mapping = 0;
+        if mark & lane_mark::CONTROL != 0 {
+            (*skb).priority = (*skb).priority & !PRIORITY_CLASS | PRIORITY_CONTROL;
         }
         // A redirect to egress takes the departure time off, one to ingress does not (`____dev_forward_skb`,
         // include/linux/netdevice.h, 6.1): a socket would take it for the time of arrival.
@@ -196,8 +231,7 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
     unsafe {
         if (*copy).valid != 0 {
             (*copy).valid = 0;
-            send(ctx, (*copy).leaves_ns, (*copy).hash);
-            return TC_ACT_UNSPEC;
+            return send(ctx, (*copy).leaves_ns, (*copy).hash, (*copy).index);
         }
         let mark = (*skb).tc_index as u16;
         if mark & lane_mark::SET == 0 {
@@ -213,15 +247,15 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
                 tables::tail_call(ctx, tables::LINE);
                 TC_ACT_UNSPEC
             }
-            LineOutcome::Undecided => TC_ACT_UNSPEC,
-            LineOutcome::Sent => emit(ctx),
+            LineOutcome::Undecided => send(ctx, 0, (*skb).hash, 0),
+            LineOutcome::Sent => emit(ctx, (*entry).index as u32 & INDEX_MASK),
         }
     }
 }
 
 /// Sends the copies and stamps the original, or consumes it if it is lost.
 #[inline(always)]
-fn emit(ctx: &TcContext) -> i32 {
+fn emit(ctx: &TcContext, index: u32) -> i32 {
     let (Some(work), Some(copy)) = (tables::work(), tables::copy()) else {
         return TC_ACT_UNSPEC;
     };
@@ -234,8 +268,16 @@ fn emit(ctx: &TcContext) -> i32 {
             // Of no effect on packets that are not capable of it.
             bpf_skb_ecn_set_ce(ctx.skb.skb);
         }
-        let flow = (*work).key.tag();
-        let flow = (flow ^ flow >> 32) as u32;
+        // The upper bits choose the queue (`reciprocal_scale` in `skb_tx_hash`, net/core/dev.c), so they depend
+        // on all of the flow.
+        let flow = ((*work).key.tag().wrapping_mul(MIX) >> 32) as u32;
+        // With an own `tc_index`, a flow has only half of the hash to itself. Packets that may be overtaken need
+        // all of it: they would wait for each other.
+        let (flow, index) = if index != 0 && free == 0 {
+            (flow & !INDEX_MASK | index, 1)
+        } else {
+            (flow, 0)
+        };
         let mut leaves = [0; SENT];
         if copies != 0 {
             leaves = (*work).line.leaves_ns;
@@ -243,7 +285,7 @@ fn emit(ctx: &TcContext) -> i32 {
             leaves[0] = (*work).line.leaves_ns[0];
         }
         let alone = |leaves_ns: u64, number: u32| {
-            let mixed = (leaves_ns ^ u64::from(flow)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let mixed = (leaves_ns ^ u64::from(flow)).wrapping_mul(MIX);
             (mixed >> 32) as u32 ^ number
         };
         for number in 1..SENT {
@@ -255,10 +297,10 @@ fn emit(ctx: &TcContext) -> i32 {
             }
             let together = free == 0 && leaves[number] == leaves[0];
             (*copy).leaves_ns = leaves[number];
-            (*copy).hash = if together {
-                flow
+            ((*copy).hash, (*copy).index) = if together {
+                (flow, index)
             } else {
-                alone(leaves[number], number as u32)
+                (alone(leaves[number], number as u32), 0)
             };
             (*copy).valid = 1;
             let device = (*ctx.skb.skb).ifindex;
@@ -271,17 +313,86 @@ fn emit(ctx: &TcContext) -> i32 {
             return TC_ACT_STOLEN;
         }
         let hash = if free == 0 { flow } else { alone(leaves[0], 0) };
-        send(ctx, leaves[0], hash);
+        send(ctx, leaves[0], hash, index)
+    }
+}
+
+/// Sends the packet on to fq if the lane has room for it: when it leaves, which packets it stays in order with, and
+/// whether its `tc_index` is in that hash.
+#[inline(always)]
+unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, index: u32) -> i32 {
+    let skb = ctx.skb.skb;
+    // SAFETY: the context is the program's own; a TC program may write these fields.
+    unsafe {
+        if !admit(skb) {
+            return TC_ACT_STOLEN;
+        }
+        bpf_set_hash(skb, hash);
+        // What a receive queue was recorded as would choose the queue instead of the hash (`skb_tx_hash`).
+        (*skb).queue_mapping = 0;
+        (*skb).tstamp = leaves_ns;
+        let mut mark = (*skb).tc_index;
+        if index != 0 {
+            mark |= u32::from(lane_mark::INDEX);
+        }
+        let priority = (*skb).priority;
+        if priority & PRIORITY_CLASS == PRIORITY_CONTROL {
+            mark |= u32::from(lane_mark::CONTROL);
+            (*skb).priority = priority | PRIORITY_HELD;
+        }
+        (*skb).tc_index = mark;
     }
     TC_ACT_UNSPEC
 }
 
-/// Stamps the packet for fq: when it leaves, and which packets it stays in order with.
+/// What a packet adds to its lane's load. A tag of its own counts, be it beside the packet or in it.
 #[inline(always)]
-unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32) {
-    // SAFETY: the context is the program's own; a TC program may write `tstamp`.
+unsafe fn load(skb: *mut __sk_buff) -> u64 {
+    // SAFETY: the caller's skb; a TC program may read these fields.
     unsafe {
-        bpf_set_hash(ctx.as_ptr().cast(), hash);
-        (*ctx.skb.skb).tstamp = leaves_ns;
+        let tag = if (*skb).vlan_present != 0 {
+            VLAN_LENGTH
+        } else {
+            0
+        };
+        lane_load::of((*skb).len + tag)
+    }
+}
+
+/// Takes the packet into its lane's load; `false` if there is no room.
+#[inline(always)]
+unsafe fn admit(skb: *mut __sk_buff) -> bool {
+    // SAFETY: the caller's skb; map memory.
+    unsafe {
+        let Some(lane) = tables::lane((*skb).tc_classid) else {
+            return true;
+        };
+        let adds = load(skb);
+        let held = &raw mut (*lane).held;
+        let after = tables::Kernel.increment(held, adds).wrapping_add(adds);
+        if lane_load::packets(after) <= (*lane).most_packets
+            && lane_load::bytes(after) <= (*lane).most_bytes
+        {
+            return true;
+        }
+        tables::Kernel.increment(held, adds.wrapping_neg());
+        let segments = (*skb).gso_segs;
+        let packets = if segments > 1 { segments } else { 1 };
+        tables::Kernel.increment(&raw mut (*lane).full_packets, u64::from(packets));
+        false
+    }
+}
+
+/// Takes a packet out of its lane's load.
+#[inline(always)]
+unsafe fn release(skb: *mut __sk_buff) {
+    // SAFETY: the caller's skb; map memory.
+    unsafe {
+        if let Some(lane) = tables::lane((*skb).tc_classid) {
+            // Here the tag beside the packet is the line's. One of its own is in the packet: a VLAN device, which
+            // cannot insert it, has put it there (`validate_xmit_vlan`, net/core/dev.c).
+            let takes = lane_load::of((*skb).len);
+            tables::Kernel.increment(&raw mut (*lane).held, takes.wrapping_neg());
+        }
     }
 }

@@ -15,8 +15,8 @@ use injector_common::{
     decide::{Advanced, Step, Tables, Work},
     layout::{
         Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey,
-        FragmentKey, Held, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters,
-        RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper,
+        FragmentKey, Held, LaneLoad, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix,
+        RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper,
     },
     line::Entry,
 };
@@ -106,6 +106,12 @@ static TABLES: Array<Distribution> = Array::with_max_entries(DISTRIBUTIONS, 0);
 #[map]
 static HELD: HashMap<FlowKey, Held> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
 
+/// What lanes may hold and hold, by the number of the lane, which is the classid of the filters on its devices.
+/// Mapped. Bounds are written by user space, the rest by the programs; user space clears it for a new lane, and puts
+/// `held` right where it finds a lane idle. Load time.
+#[map]
+static LANES: Array<LaneLoad> = Array::with_max_entries(256, BPF_F_MMAPABLE);
+
 /// What a packet brings into the lane: the hook's program writes it, and the line's, which the same packet runs
 /// into before the former's helper returns, reads it.
 #[map]
@@ -127,6 +133,10 @@ pub(crate) struct Sending {
     pub(crate) leaves_ns: u64,
     /// What it is queued by.
     pub(crate) hash: u32,
+    /// Whether that contains its `tc_index`.
+    pub(crate) index: u32,
+    /// Zero.
+    pub(crate) reserved: u32,
     /// Whether this is about the packet at hand.
     pub(crate) valid: u32,
 }
@@ -153,6 +163,12 @@ pub(crate) fn entry() -> Option<*mut Entry> {
 #[inline(always)]
 pub(crate) fn copy() -> Option<*mut Sending> {
     COPY.get_ptr_mut(0)
+}
+
+/// The load of a lane, by its number.
+#[inline(always)]
+pub(crate) fn lane(number: u32) -> Option<*mut LaneLoad> {
+    LANES.get_ptr_mut(number)
 }
 
 /// Counts a packet that a lane lost.

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! inj-segmenter   VLAN 1 on inj-carrier, offloads off: super-packets leave it as wire packets
-//! inj-line        VLAN 2 on inj-carrier, root qdisc fq: each wire packet's fate, and its departure time
+//! inj-line        VLAN 2 on inj-carrier, one queue with an fq per CPU: each wire packet's fate, and its
+//!                 departure time
 //! inj-carrier     an ifb; its egress program redirects everything by the VLAN's number, so that nothing ever
 //!                 reaches the device itself
 //! ```
@@ -23,8 +24,9 @@ use std::{
 use injector_common::layout::lane_vlan;
 
 use crate::{
+    dataplane::LaneNumber,
     journal::{Change, Entry, EntryId, Journal, JournalError, boot_id},
-    netlink::{self, Hook, NetlinkError, NewFilter, QdiscStats},
+    netlink::{self, FqLimits, Hook, NetlinkError, NewFilter, QdiscStats},
     netns::{Netns, NetnsError},
 };
 
@@ -35,6 +37,8 @@ const LINE: &str = "inj-line";
 
 /// Longer than any packet: what passes is already cut to its target's MTU.
 const MTU: u32 = 65_535;
+/// Queues of the line at most: an fq of each is memory, and beyond this many CPUs little is to be gained.
+const MAX_QUEUES: u32 = 64;
 /// How long the queue may take to empty when nothing is held any more.
 const EMPTYING: Duration = Duration::from_millis(500);
 
@@ -99,8 +103,10 @@ pub struct LaneConfig<'a> {
     pub carrier: BorrowedFd<'a>,
     /// The program for the line.
     pub line: BorrowedFd<'a>,
-    /// Packets that it holds at most.
-    pub limit: u32,
+    /// Its number, by which its programs know how much it may hold: the classid of their filters.
+    pub number: LaneNumber,
+    /// Limits of each of its queues.
+    pub limits: FqLimits,
 }
 
 /// What a lane holds and has dropped.
@@ -108,8 +114,6 @@ pub struct LaneConfig<'a> {
 pub struct LaneQueue {
     /// The queue of its line.
     pub qdisc: QdiscStats,
-    /// Packets that it can hold.
-    pub capacity_packets: u64,
     /// Packets that its devices dropped.
     pub device_drops: u64,
 }
@@ -120,7 +124,7 @@ pub struct Lane {
     netns: Netns,
     journal: Arc<Journal>,
     entry: Option<(EntryId, Entry)>,
-    limit: u32,
+    queues: u32,
     /// Interface index of the segmenter.
     pub segmenter: u32,
     /// Interface index of the line.
@@ -151,7 +155,7 @@ impl Lane {
             netns: netns.clone(),
             journal: Arc::clone(journal),
             entry: None,
-            limit: config.limit,
+            queues: queues(),
             segmenter: 0,
             line: 0,
         };
@@ -186,8 +190,12 @@ impl Lane {
             lacking("ifb devices", "ifb", source).unwrap_or_else(|source| self.failed(source))
         })?;
         let carrier = self.index(CARRIER)?;
-        for (name, number) in [(SEGMENTER, lane_vlan::SEGMENTER), (LINE, lane_vlan::LINE)] {
-            netlink::create_vlan(name, carrier, number).map_err(|source| {
+        // The segmenter has no queue, and a VLAN device no lock of its own: it needs no second one.
+        for (name, number, queues) in [
+            (SEGMENTER, lane_vlan::SEGMENTER, 1),
+            (LINE, lane_vlan::LINE, self.queues),
+        ] {
+            netlink::create_vlan(name, carrier, number, queues).map_err(|source| {
                 lacking("VLAN devices", "8021q", source)
                     .unwrap_or_else(|source| self.failed(source))
             })?;
@@ -197,7 +205,7 @@ impl Lane {
             self.mute(name)?;
         }
         netlink::complete_packets(SEGMENTER).map_err(|source| self.failed(source))?;
-        netlink::add_fq(line, config.limit).map_err(|source| {
+        netlink::add_fq(line, self.queues, config.limits).map_err(|source| {
             lacking("the fq qdisc", "sch_fq", source).unwrap_or_else(|source| self.failed(source))
         })?;
         for (index, program, name) in [
@@ -211,7 +219,7 @@ impl Lane {
                         name,
                         priority: 1,
                         handle: 1,
-                        classid: 0,
+                        classid: u32::from(config.number.0),
                     };
                     netlink::attach(index, Hook::Egress, &filter)
                 })
@@ -295,13 +303,19 @@ impl Lane {
             .map_err(|source| self.failed(source))?;
         Ok(LaneQueue {
             qdisc,
-            capacity_packets: u64::from(self.limit),
             device_drops: links
                 .into_iter()
                 .flatten()
                 .map(|link| link.stats.tx_dropped + link.stats.rx_dropped)
                 .sum(),
         })
+    }
+
+    /// Gives its queues other limits. They must not hold more than that.
+    pub fn set_limits(&self, limits: FqLimits) -> Result<(), LaneError> {
+        self.netns
+            .run(|| netlink::change_fq(self.line, self.queues, limits))?
+            .map_err(|source| self.failed(source))
     }
 
     /// Waits, for a moment, until its queue is empty: for packets that leave now.
@@ -350,6 +364,16 @@ impl Drop for Lane {
             tracing::warn!("cannot remove a lane: {error}");
         }
     }
+}
+
+/// Queues of a line: one for each CPU that is online, within bounds.
+fn queues() -> u32 {
+    nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN)
+        .ok()
+        .flatten()
+        .and_then(|count| u32::try_from(count).ok())
+        .unwrap_or(1)
+        .clamp(1, MAX_QUEUES)
 }
 
 /// Deletes the carrier that an entry is about, and with it the lane; whether it was there.

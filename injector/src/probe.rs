@@ -558,7 +558,7 @@ fn vlan() -> Tried {
     let Some(parent) = netlink::link_by_name("probe0")? else {
         return Err(Failure::Untried("there is no veth to try it on".to_owned()));
     };
-    netlink::create_vlan("probe0.1", parent.index, 1)?;
+    netlink::create_vlan("probe0.1", parent.index, 1, 1)?;
     Ok("a VLAN interface can be made".to_owned())
 }
 

@@ -930,9 +930,18 @@ pub struct LaneStats {
     pub queued_packets: u64,
     /// Their bytes.
     pub queued_bytes: u64,
-    /// Packets that it can hold.
+    /// Packets that it can hold: what the rules in force need, up to `daemon --lane-packets`.
     pub capacity_packets: u64,
-    /// Packets that its queue dropped, because it was full.
+    /// Memory that they take, in bytes, as it is estimated.
+    #[serde(default)]
+    pub memory_bytes: u64,
+    /// Memory that they may take, in bytes: `daemon --lane-memory`.
+    #[serde(default)]
+    pub memory_capacity: u64,
+    /// Packets that were lost because it was full, by packets or by memory.
+    #[serde(default)]
+    pub full_packets: u64,
+    /// Packets that its queues dropped.
     pub dropped_packets: u64,
     /// Packets that its devices dropped.
     pub device_drops: u64,

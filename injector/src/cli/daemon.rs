@@ -10,10 +10,10 @@ use super::{
 };
 use crate::{
     client::SOCKET_NAME,
-    daemon::{self, DEFAULT_LEASE, DaemonError, DaemonOptions, LogFormat},
-    dataplane::Sizes,
+    daemon::{self, DEFAULT_LANES, DEFAULT_LEASE, DaemonError, DaemonOptions, LogFormat},
+    dataplane::{LaneBounds, Sizes},
     protocol::{ErrorBody, ErrorCode},
-    rules::text::duration,
+    rules::text::{duration, size},
 };
 
 /// Form of the log on standard error.
@@ -43,6 +43,12 @@ pub(super) struct DaemonArgs {
     /// Form of the log on standard error
     #[arg(long, value_enum, default_value = "text")]
     log_format: Log,
+    /// Memory that packets held in one namespace may take, such as 64mb or 1gb [default: 256mb]
+    #[arg(long, value_name = "BYTES")]
+    lane_memory: Option<String>,
+    /// Packets that may be held in one namespace [default: 262144]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8_388_607))]
+    lane_packets: Option<u32>,
     #[command(flatten)]
     tables: TableSizes,
 }
@@ -108,12 +114,29 @@ impl DaemonArgs {
             idle_exit: time("--idle-exit", &self.idle_exit)?.filter(|time| *time > Duration::ZERO),
             protect: self.protect.clone(),
             sizes: self.tables.sizes(),
+            lanes: self.lane_bounds()?,
             log_format: match self.log_format {
                 Log::Text => LogFormat::Text,
                 Log::Json => LogFormat::Json,
             },
         };
         daemon::run(options, daemon::kernel::load).map_err(|error| failed(&error))
+    }
+}
+
+impl DaemonArgs {
+    fn lane_bounds(&self) -> Result<LaneBounds, Failure> {
+        let bytes = match &self.lane_memory {
+            None => DEFAULT_LANES.bytes,
+            Some(text) => size::parse(text).map_err(|problem| {
+                Failure::usage(format!("--lane-memory '{text}': {}", problem.problem))
+                    .help(problem.help)
+            })?,
+        };
+        Ok(LaneBounds {
+            packets: self.lane_packets.unwrap_or(DEFAULT_LANES.packets),
+            bytes,
+        })
     }
 }
 
@@ -159,5 +182,9 @@ mod tests {
             (8192, 256, 8192)
         );
         assert_eq!(DEFAULT_LEASE, Duration::from_secs(10));
+        assert_eq!(
+            (DEFAULT_LANES.packets, DEFAULT_LANES.bytes),
+            (262_144, 256 << 20)
+        );
     }
 }

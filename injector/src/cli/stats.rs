@@ -349,16 +349,26 @@ fn lanes(stats: &StatsResult) -> String {
     for lane in &stats.lanes {
         let _ = writeln!(
             text,
-            "lane of network namespace {}: holds {} of {} packets ({})",
+            "lane of network namespace {}: holds {} of {} packets, {} of {} of memory",
             lane.netns,
             lane.queued_packets,
             lane.capacity_packets,
-            bytes(lane.queued_bytes)
+            bytes(lane.memory_bytes),
+            bytes(lane.memory_capacity)
         );
+        if lane.full_packets > 0 {
+            let _ = writeln!(
+                text,
+                "{} it was full, and lost {} packets that no rule took (`injector daemon --lane-memory`, \
+                 `--lane-packets`)",
+                toned(Tone::Bad, "WARNING:"),
+                lane.full_packets
+            );
+        }
         if lane.dropped_packets + lane.device_drops > 0 {
             let _ = writeln!(
                 text,
-                "{} it dropped {} packets because it was full, its devices {}",
+                "{} its queues dropped {} packets, its devices {}",
                 toned(Tone::Bad, "WARNING:"),
                 lane.dropped_packets,
                 lane.device_drops

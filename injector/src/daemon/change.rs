@@ -725,8 +725,16 @@ impl<P: Plane, H: Host> State<P, H> {
                 rule: Arc::clone(&record.rule),
             })
             .collect();
+        let holds = self.holds(
+            self.rules
+                .iter()
+                .filter(|record| record.is_active() && !without.contains(&record.activation))
+                .chain(with),
+        );
+        self.widen_lanes(&holds)?;
         let targets: Vec<TargetConfig> = targets.into_values().collect();
         self.epoch = self.plane.commit(&targets, &rules, &exemptions)?.epoch;
+        self.narrow_lanes(&holds);
         self.effective_ns = self.plane.now_ns();
         Ok(())
     }

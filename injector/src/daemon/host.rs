@@ -5,12 +5,12 @@ use std::{io, os::fd::BorrowedFd, path::Path, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 
-use super::plane::{LaneDevices, TargetSlot};
+use super::plane::{LaneDevices, LaneNumber, TargetSlot};
 use crate::{
     attach::{self, AttachError, Attachment, Obstacle, Presence, TargetLink},
     journal::{Journal, JournalError},
     lane::{Lane, LaneConfig, LaneError, LaneQueue},
-    netlink::{self, Link, NetlinkError, Route},
+    netlink::{self, FqLimits, Link, NetlinkError, Route},
     netns::{Netns, NetnsError},
     protocol::{ErrorBody, ErrorCode},
     rules::model::NetnsRef,
@@ -65,7 +65,11 @@ pub trait Host: Send + 'static {
         netns: &Netns,
         carrier: BorrowedFd<'_>,
         line: BorrowedFd<'_>,
+        number: LaneNumber,
+        limits: FqLimits,
     ) -> Result<(Self::Lane, LaneDevices), ErrorBody>;
+    /// Gives the queues of a lane other limits; what they hold must fit.
+    fn limit_lane(&self, lane: &Self::Lane, limits: FqLimits) -> Result<(), ErrorBody>;
     /// What a lane holds and has dropped.
     fn lane_stats(&self, lane: &Self::Lane) -> Result<LaneQueue, ErrorBody>;
     /// Removes a lane. Returns how many packets it still held. After an error it can be tried again.
@@ -73,9 +77,6 @@ pub trait Host: Send + 'static {
     /// A warning for each pair of targets that the same packet passes.
     fn double_pass(&self, targets: &[(Netns, u32)]) -> Vec<String>;
 }
-
-/// Packets that a lane holds at most.
-const LANE_LIMIT: u32 = 100_000;
 
 /// The host that this process runs on.
 #[derive(Debug)]
@@ -156,11 +157,14 @@ impl Host for KernelHost {
         netns: &Netns,
         carrier: BorrowedFd<'_>,
         line: BorrowedFd<'_>,
+        number: LaneNumber,
+        limits: FqLimits,
     ) -> Result<(Lane, LaneDevices), ErrorBody> {
         let config = LaneConfig {
             carrier,
             line,
-            limit: LANE_LIMIT,
+            number,
+            limits,
         };
         let made = Lane::make(netns, &self.journal, &config).map_err(|error| lane_error(&error))?;
         let devices = LaneDevices {
@@ -168,6 +172,10 @@ impl Host for KernelHost {
             line: made.line,
         };
         Ok((made, devices))
+    }
+
+    fn limit_lane(&self, lane: &Lane, limits: FqLimits) -> Result<(), ErrorBody> {
+        lane.set_limits(limits).map_err(|error| lane_error(&error))
     }
 
     fn lane_stats(&self, lane: &Lane) -> Result<LaneQueue, ErrorBody> {

@@ -5,8 +5,8 @@ use std::{os::fd::BorrowedFd, time::Duration};
 use injector_common::layout::{MAX_EXEMPTIONS, MAX_RULES};
 
 use super::plane::{
-    ActiveRule, Committed, Exemption, LeaseSwitch, Limits, Plane, RuleSlot, TargetConfig,
-    TargetSlot,
+    ActiveRule, Committed, Exemption, LaneBounds, LaneNumber, LaneUse, LeaseSwitch, Limits, Plane,
+    RuleSlot, TargetConfig, TargetSlot,
 };
 use crate::{
     dataplane::{self, CommitError, DataPlane, DataPlaneError, Lease, Sizes},
@@ -143,6 +143,22 @@ impl Plane for KernelPlane {
             + collected.idle_states
             + collected.orphaned_states
             + collected.connections)
+    }
+
+    fn clear_lane(&mut self, lane: LaneNumber) {
+        self.plane.clear_lane(lane);
+    }
+
+    fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
+        self.plane.bound_lane(lane, bounds);
+    }
+
+    fn lane_use(&self, lane: LaneNumber) -> LaneUse {
+        self.plane.lane_use(lane)
+    }
+
+    fn empty_lane(&mut self, lane: LaneNumber, seen: u64) -> bool {
+        self.plane.empty_lane(lane, seen)
     }
 
     fn lane_losses(&self) -> Result<LaneLosses, ErrorBody> {

@@ -6,17 +6,19 @@ use std::{
     time::Duration,
 };
 
+use injector_common::line::PACED_MOST_NS;
+
 use super::{
     host::Host,
     lease::nanos,
-    plane::{LaneDevices, Plane},
+    plane::{LaneBounds, LaneDevices, LaneNumber, Plane},
     record::{Place, Record},
     state::State,
     targets::TargetKey,
 };
 use crate::{
     attach::TargetLink,
-    netlink::LinkKind,
+    netlink::{FqLimits, LinkKind},
     netns::{Netns, NetnsId},
     protocol::{ErrorBody, ErrorCode, EventKind, LaneStats},
     rules::model::{Fault, Rule},
@@ -33,6 +35,40 @@ pub(super) struct LaneRecord<L> {
     devices: LaneDevices,
     /// The namespace in words.
     netns: String,
+    /// Its number in the kernel's tables.
+    number: LaneNumber,
+    /// The limits that its queues have.
+    limits: FqLimits,
+    /// The limits that the rules in force ask for.
+    wanted: FqLimits,
+    /// Its load at the last look, if its queues were empty then.
+    idle_load: Option<u64>,
+}
+
+/// Packets a second that a lane is to take: more than the CPUs of a large machine send through one.
+const PACKETS_PER_SECOND: u64 = 4_000_000;
+/// Packets that it is to take at any rate, however short their delay: bursts, and what gathers while the kernel does
+/// not come to send.
+const BURST: u64 = 16_384;
+
+/// The limits of queues that hold packets for so long, `most` packets at most.
+fn limits(hold: Duration, most: u32) -> FqLimits {
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let packets = micros(hold).saturating_mul(PACKETS_PER_SECOND / 1_000_000) + BURST;
+    let paced = Duration::from_nanos(PACED_MOST_NS);
+    let horizon = hold.saturating_add(paced).saturating_add(MARGIN);
+    FqLimits {
+        packets: u32::try_from(packets).unwrap_or(u32::MAX).min(most),
+        horizon_us: u32::try_from(micros(horizon)).unwrap_or(u32::MAX),
+    }
+}
+
+/// The greater of both, one by one.
+fn greater(a: FqLimits, b: FqLimits) -> FqLimits {
+    FqLimits {
+        packets: a.packets.max(b.packets),
+        horizon_us: a.horizon_us.max(b.horizon_us),
+    }
 }
 
 /// Whether a rule's packets go through a lane.
@@ -89,13 +125,31 @@ impl<P: Plane, H: Host> State<P, H> {
             if need == Need::None || self.lanes.contains_key(&id) {
                 continue;
             }
+            let Some(number) = self.free_lane() else {
+                self.remove_lanes(made);
+                return Err(ErrorBody::new(
+                    ErrorCode::Limit,
+                    "rules need lanes in more network namespaces than there can be targets; nothing was changed",
+                )
+                .with_hint("start the daemon with more room (`injector daemon --table-targets`)"));
+            };
+            // Its rules come to be in force, and counted, with the commit.
+            let limits = limits(Duration::ZERO, self.settings.lanes.packets);
+            self.plane.clear_lane(number);
             let (at_carrier, at_line) = self.plane.lane_programs();
-            match self.host.make_lane(netns, at_carrier, at_line) {
+            match self
+                .host
+                .make_lane(netns, at_carrier, at_line, number, limits)
+            {
                 Ok((lane, devices)) => {
                     let record = LaneRecord {
                         lane,
                         devices,
                         netns: netns.to_string(),
+                        number,
+                        limits,
+                        wanted: limits,
+                        idle_load: None,
                     };
                     self.lanes.insert(id, record);
                     made.push(id);
@@ -115,17 +169,127 @@ impl<P: Plane, H: Host> State<P, H> {
         Ok(made)
     }
 
+    /// The lowest number that no lane has. There are as many as targets, and slot 0's.
+    fn free_lane(&self) -> Option<LaneNumber> {
+        let used: BTreeSet<LaneNumber> = self.lanes.values().map(|lane| lane.number).collect();
+        (0..=self.plane.limits().targets)
+            .map(LaneNumber)
+            .find(|number| !used.contains(number))
+    }
+
+    /// For how long lanes hold packets by these rules and by those that have ended: a packet meets several rules,
+    /// whose delays add up.
+    pub(super) fn holds<'a>(
+        &self,
+        rules: impl Iterator<Item = &'a Record>,
+    ) -> BTreeMap<NetnsId, Duration> {
+        let now_ns = self.plane.now_ns();
+        let mut holds: BTreeMap<NetnsId, Duration> = BTreeMap::new();
+        for (key, target) in &self.targets {
+            let left = Duration::from_nanos(target.held_until_ns.saturating_sub(now_ns));
+            let hold = holds.entry(key.netns).or_default();
+            *hold = (*hold).max(left);
+        }
+        let mut by_rules: BTreeMap<NetnsId, Duration> = BTreeMap::new();
+        for record in rules {
+            let namespaces: BTreeSet<NetnsId> =
+                record.places.iter().map(|place| place.key.netns).collect();
+            for netns in namespaces {
+                let hold = by_rules.entry(netns).or_default();
+                *hold = hold.saturating_add(record.rule.shaping.longest_hold());
+            }
+        }
+        for (netns, by_rules) in by_rules {
+            let hold = holds.entry(netns).or_default();
+            *hold = (*hold).max(by_rules);
+        }
+        holds
+    }
+
+    /// Makes lanes fit for rules that hold packets for so long, and that are about to be in force: no limit falls.
+    pub(super) fn widen_lanes(
+        &mut self,
+        holds: &BTreeMap<NetnsId, Duration>,
+    ) -> Result<(), ErrorBody> {
+        for (id, record) in &mut self.lanes {
+            let hold = holds.get(id).copied().unwrap_or_default();
+            record.wanted = greater(record.wanted, limits(hold, self.settings.lanes.packets));
+            let grown = greater(record.limits, record.wanted);
+            if grown != record.limits {
+                self.host.limit_lane(&record.lane, grown)?;
+                record.limits = grown;
+            }
+            let bounds = LaneBounds {
+                packets: record.wanted.packets,
+                bytes: self.settings.lanes.bytes,
+            };
+            self.plane.bound_lane(record.number, bounds);
+        }
+        Ok(())
+    }
+
+    /// Limits lanes to what the rules that are in force now need. Their queues' own limits follow when what they
+    /// hold fits ([`Self::look_at_lanes`]): a queue drops what does not.
+    pub(super) fn narrow_lanes(&mut self, holds: &BTreeMap<NetnsId, Duration>) {
+        for (id, record) in &mut self.lanes {
+            let hold = holds.get(id).copied().unwrap_or_default();
+            record.wanted = limits(hold, self.settings.lanes.packets);
+            let bounds = LaneBounds {
+                packets: record.wanted.packets,
+                bytes: self.settings.lanes.bytes,
+            };
+            self.plane.bound_lane(record.number, bounds);
+        }
+    }
+
+    /// Lowers the limits of queues where what they hold fits, and puts right what is held in the account of a lane
+    /// and is not there: what a device dropped on the way was never taken out of it.
+    pub(super) fn look_at_lanes(&mut self) {
+        for record in self.lanes.values_mut() {
+            let held = self.plane.lane_use(record.number);
+            if record.limits != record.wanted && held.packets <= u64::from(record.wanted.packets) {
+                match self.host.limit_lane(&record.lane, record.wanted) {
+                    Ok(()) => record.limits = record.wanted,
+                    Err(error) => tracing::warn!("cannot limit a lane, will try again: {error}"),
+                }
+            }
+            let before = record.idle_load.take();
+            if held.load == 0 {
+                continue;
+            }
+            let Ok(queue) = self.host.lane_stats(&record.lane) else {
+                continue;
+            };
+            if queue.qdisc.queued_packets != 0 {
+                continue;
+            }
+            // Not empty on paper at two looks in a row, with nothing in the queues at either: no packet is on its
+            // way from or to a queue for so long.
+            if before == Some(held.load) {
+                if self.plane.empty_lane(record.number, held.load) {
+                    tracing::debug!(packets = held.packets, "a lane has lost packets on the way");
+                }
+            } else {
+                record.idle_load = Some(held.load);
+            }
+        }
+    }
+
     /// What lanes hold and have dropped.
     pub(super) fn lane_stats(&self) -> Result<Vec<LaneStats>, ErrorBody> {
         self.lanes
             .values()
             .map(|record| {
                 let queue = self.host.lane_stats(&record.lane)?;
+                let held = self.plane.lane_use(record.number);
                 Ok(LaneStats {
                     netns: record.netns.clone(),
                     queued_packets: queue.qdisc.queued_packets,
                     queued_bytes: queue.qdisc.queued_bytes,
-                    capacity_packets: queue.capacity_packets,
+                    capacity_packets: u64::from(record.wanted.packets),
+                    memory_bytes: held.bytes,
+                    memory_capacity: self.settings.lanes.bytes,
+                    full_packets: held.full_packets,
                     dropped_packets: queue.qdisc.dropped_packets,
                     device_drops: queue.device_drops,
                 })
@@ -263,4 +427,26 @@ fn no_ethernet(rule: &str, interface: &str) -> ErrorBody {
         ),
     )
     .with_hint("give the rule on the Ethernet interface below, selecting by addresses")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_follow_what_is_held() {
+        let usual = limits(Duration::ZERO, 1 << 18);
+        assert_eq!(u64::from(usual.packets), BURST);
+        assert_eq!(usual.horizon_us, 10_050_000);
+        let longer = limits(Duration::from_millis(10), 1 << 18);
+        assert_eq!(u64::from(longer.packets), BURST + 40_000);
+        assert_eq!(longer.horizon_us, 10_060_000);
+        // As many as are allowed, and no overflow.
+        let long = limits(Duration::from_mins(60), 1000);
+        assert_eq!((long.packets, long.horizon_us), (1000, 3_610_050_000));
+        let longest = limits(Duration::MAX, u32::MAX);
+        assert_eq!((longest.packets, longest.horizon_us), (u32::MAX, u32::MAX));
+        assert_eq!(greater(usual, long).packets, usual.packets);
+        assert_eq!(greater(usual, long).horizon_us, long.horizon_us);
+    }
 }

@@ -32,5 +32,7 @@ mod tests;
 
 pub use poll::Tick;
 pub use record::ConnId;
-pub use run::{DEFAULT_LEASE, DaemonError, DaemonOptions, LogFormat, SOCKET_NAME, run};
+pub use run::{
+    DEFAULT_LANES, DEFAULT_LEASE, DaemonError, DaemonOptions, LogFormat, SOCKET_NAME, run,
+};
 pub use targets::TargetKey;

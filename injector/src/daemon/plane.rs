@@ -4,7 +4,8 @@
 use std::{os::fd::BorrowedFd, time::Duration};
 
 pub use crate::dataplane::{
-    ActiveRule, Exemption, LaneDevices, RuleSlot, TargetConfig, TargetSlot,
+    ActiveRule, Exemption, LaneBounds, LaneDevices, LaneNumber, LaneUse, RuleSlot, TargetConfig,
+    TargetSlot,
 };
 use crate::{
     netlink::Hook,
@@ -61,6 +62,14 @@ pub trait Plane: Send + 'static {
     fn collect(&mut self, idle: Duration) -> Result<u64, ErrorBody>;
     /// How full the tables are.
     fn tables(&self) -> Result<Vec<TableUse>, ErrorBody>;
+    /// Sets the account of a lane that is about to be made to zero.
+    fn clear_lane(&mut self, lane: LaneNumber);
+    /// Says how much a lane may hold.
+    fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds);
+    /// What a lane holds.
+    fn lane_use(&self, lane: LaneNumber) -> LaneUse;
+    /// Takes a lane for empty if its load is still the one that was seen; whether it was.
+    fn empty_lane(&mut self, lane: LaneNumber, seen: u64) -> bool;
     /// What lanes lost.
     fn lane_losses(&self) -> Result<LaneLosses, ErrorBody>;
 }

@@ -64,6 +64,7 @@ impl<P: Plane, H: Host> State<P, H> {
             self.end_doomed();
             let gone = self.look_at_targets();
             self.lose(gone);
+            self.look_at_lanes();
             if !self.leftovers.is_empty() {
                 self.retry_leftovers();
             }

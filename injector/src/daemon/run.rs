@@ -22,7 +22,7 @@ use super::{
     host::KernelHost,
     lease::{self, LeaseKeeper, LeaseView, Pulse},
     lock::{LockError, StateLock},
-    plane::Plane,
+    plane::{LaneBounds, Plane},
     protect::Protection,
     server::{self, ServerError, monotonic_ns},
     state::{Settings, State},
@@ -36,6 +36,12 @@ use crate::{
 pub const SOCKET_NAME: &str = "injector.sock";
 /// How long rules go on after the daemon's last sign of life.
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(10);
+/// What one lane may hold unless told otherwise: a quarter of a gigabyte; as many packets are what small ones would
+/// take of that.
+pub const DEFAULT_LANES: LaneBounds = LaneBounds {
+    packets: 1 << 18,
+    bytes: 256 << 20,
+};
 /// The state of a flow in which nothing has moved for so long is forgotten.
 const FLOW_IDLE: Duration = Duration::from_mins(5);
 /// Pulses of the loop that serves the socket.
@@ -66,6 +72,8 @@ pub struct DaemonOptions<S> {
     pub protect: Vec<String>,
     /// Table sizes of the data plane.
     pub sizes: S,
+    /// What one lane may hold at most.
+    pub lanes: LaneBounds,
     /// How it logs.
     pub log_format: LogFormat,
 }
@@ -202,6 +210,7 @@ pub fn run<S, P: Plane>(
         },
         idle_exit: options.idle_exit,
         flow_idle: FLOW_IDLE,
+        lanes: options.lanes,
     };
     let state = State::new(plane, host, settings, view, protection, events);
     let (stop, stopping) = watch::channel(false);

@@ -15,6 +15,7 @@ use super::{
     host::Host,
     lanes::LaneRecord,
     lease::LeaseView,
+    plane::LaneBounds,
     plane::Plane,
     protect::Protection,
     record::{BothCounters, ConnId, Record, with_times},
@@ -40,6 +41,8 @@ pub struct Settings {
     pub idle_exit: Option<Duration>,
     /// The state of a flow in which nothing has moved for so long is forgotten.
     pub flow_idle: Duration,
+    /// What one lane may hold at most.
+    pub lanes: LaneBounds,
 }
 
 /// Where a request comes from.

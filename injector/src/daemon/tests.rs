@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use injector_common::layout::lane_load;
 use ipnet::IpNet;
 use jiff::Timestamp;
 use serde_json::json;
@@ -18,8 +19,8 @@ use super::{
     host::{Host, Topology},
     lease::LeaseView,
     plane::{
-        ActiveRule, Committed, Exemption, LaneDevices, LeaseSwitch, Limits, Plane, RuleSlot,
-        TargetConfig, TargetSlot,
+        ActiveRule, Committed, Exemption, LaneBounds, LaneDevices, LaneNumber, LaneUse,
+        LeaseSwitch, Limits, Plane, RuleSlot, TargetConfig, TargetSlot,
     },
     protect::Protection,
     state::{Origin, Reply, Settings, State},
@@ -27,7 +28,7 @@ use super::{
 use crate::{
     attach::{Obstacle, Presence, TargetLink},
     lane::LaneQueue,
-    netlink::{Hook, Link, LinkKind, LinkStats, Route},
+    netlink::{FqLimits, Hook, Link, LinkKind, LinkStats, Route},
     netns::{Netns, NetnsId},
     protocol::{
         AddResult, Call, DaemonInfo, ErrorBody, ErrorCode, Event, EventKind, LaneLosses,
@@ -64,6 +65,12 @@ struct World {
     rule_limit: u16,
     /// Namespaces with lanes, by inode.
     lanes: BTreeSet<u64>,
+    /// What lanes may hold.
+    bounds: BTreeMap<LaneNumber, LaneBounds>,
+    /// The load of every lane.
+    load: u64,
+    /// Limits of the queues of the lane made or limited last.
+    queue_limits: Option<FqLimits>,
 }
 
 #[derive(Clone)]
@@ -149,6 +156,29 @@ impl Plane for FakePlane {
     }
     fn collect(&mut self, _: Duration) -> Result<u64, ErrorBody> {
         Ok(0)
+    }
+    fn clear_lane(&mut self, lane: LaneNumber) {
+        self.0.world().bounds.remove(&lane);
+    }
+    fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
+        self.0.world().bounds.insert(lane, bounds);
+    }
+    fn lane_use(&self, _: LaneNumber) -> LaneUse {
+        let load = self.0.world().load;
+        LaneUse {
+            packets: lane_load::packets(load),
+            bytes: lane_load::bytes(load),
+            full_packets: 0,
+            load,
+        }
+    }
+    fn empty_lane(&mut self, _: LaneNumber, seen: u64) -> bool {
+        let mut world = self.0.world();
+        let same = world.load == seen;
+        if same {
+            world.load = 0;
+        }
+        same
     }
     fn lane_losses(&self) -> Result<LaneLosses, ErrorBody> {
         Ok(LaneLosses::default())
@@ -268,8 +298,12 @@ impl Host for FakeHost {
         netns: &Netns,
         _: BorrowedFd<'_>,
         _: BorrowedFd<'_>,
+        _: LaneNumber,
+        limits: FqLimits,
     ) -> Result<((), LaneDevices), ErrorBody> {
-        self.0.world().lanes.insert(netns.id.ino);
+        let mut world = self.0.world();
+        world.lanes.insert(netns.id.ino);
+        world.queue_limits = Some(limits);
         Ok((
             (),
             LaneDevices {
@@ -277,6 +311,10 @@ impl Host for FakeHost {
                 line: 101,
             },
         ))
+    }
+    fn limit_lane(&self, (): &(), limits: FqLimits) -> Result<(), ErrorBody> {
+        self.0.world().queue_limits = Some(limits);
+        Ok(())
     }
     fn lane_stats(&self, (): &()) -> Result<LaneQueue, ErrorBody> {
         Ok(LaneQueue::default())
@@ -322,6 +360,10 @@ fn bench() -> Bench {
         },
         idle_exit: Some(Duration::from_mins(1)),
         flow_idle: Duration::from_mins(5),
+        lanes: LaneBounds {
+            packets: 100_000,
+            bytes: 1 << 20,
+        },
     };
     let state = State::new(
         FakePlane(shared.clone(), File::open("/dev/null").unwrap()),

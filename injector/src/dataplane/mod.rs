@@ -21,7 +21,8 @@ pub use plane::{
 };
 pub use shape::shape as shape_of;
 pub use values::{
-    ActiveRule, Exemption, LaneDevices, LinkKind, RuleSlot, TargetConfig, TargetSlot,
+    ActiveRule, Exemption, LaneBounds, LaneDevices, LaneNumber, LaneUse, LinkKind, RuleSlot,
+    TargetConfig, TargetSlot,
 };
 
 pub use crate::netlink::Hook;

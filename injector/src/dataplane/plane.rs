@@ -21,8 +21,9 @@ use aya::{
 };
 use injector_common::layout::{
     Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey, Held,
-    MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters,
-    RuleEntry, Shape, State, StateKey, Target, TargetCounters, family, hook, state_site,
+    LaneLoad, MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix,
+    RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, family, hook,
+    lane_load, state_site,
 };
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -34,7 +35,10 @@ use super::{
     distribution,
     image::{Image, PrefixOf, TargetImage},
     mapping::Mapping,
-    values::{ActiveRule, Exemption, LinkKind, RuleSlot, TargetConfig, TargetSlot},
+    values::{
+        ActiveRule, Exemption, LaneBounds, LaneNumber, LaneUse, LinkKind, RuleSlot, TargetConfig,
+        TargetSlot,
+    },
 };
 
 /// The object that `cargo xtask build` made.
@@ -223,6 +227,7 @@ pub struct DataPlane {
     tables: Array<MapData, Distribution>,
     /// The given distributions among `tables`.
     given: BTreeMap<u32, Arc<Distribution>>,
+    lanes: Mapping<LaneLoad>,
     connections: BpfHashMap<MapData, FlowKey, Connection>,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     target_counters: PerCpuArray<MapData, TargetCounters>,
@@ -331,6 +336,8 @@ impl DataPlane {
         let mut ebpf = EbpfLoader::new()
             .verifier_log_level(VerifierLogLevel::STATS)
             .map_max_entries("TARGETS", u32::from(sizes.targets))
+            // There is a lane in a namespace only if there is a target.
+            .map_max_entries("LANES", u32::from(sizes.targets))
             .map_max_entries("TARGET_COUNTERS", 2 * u32::from(sizes.targets))
             .map_max_entries("BITMAPS", 2 * sizes.bitmaps)
             .override_global("BITMAPS_PER_COPY", &sizes.bitmaps, true)
@@ -404,6 +411,7 @@ impl DataPlane {
             flows: typed(take("FLOWS")?, "FLOWS")?,
             states: typed(take("STATES")?, "STATES")?,
             held: typed(take("HELD")?, "HELD")?,
+            lanes: mapped(take("LANES")?, "LANES", u32::from(sizes.targets))?,
             lane_lost: typed(take("LANE_LOST")?, "LANE_LOST")?,
             tables,
             given: BTreeMap::new(),
@@ -448,6 +456,56 @@ impl DataPlane {
     #[must_use]
     pub fn lane_fds(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
         (self.carrier.as_fd(), self.line.as_fd())
+    }
+
+    /// Sets the account of a lane that is about to be made to zero.
+    pub fn clear_lane(&mut self, lane: LaneNumber) {
+        self.lanes.write(usize::from(lane.0), LaneLoad::default());
+    }
+
+    /// Says how much a lane may hold. What it holds beyond leaves at its time.
+    pub fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
+        let entry = self.lanes.pointer(usize::from(lane.0));
+        // SAFETY: aligned fields of a live mapping, which the programs only read.
+        let (packets, bytes) = unsafe {
+            (
+                AtomicU64::from_ptr(&raw mut (*entry).most_packets),
+                AtomicU64::from_ptr(&raw mut (*entry).most_bytes),
+            )
+        };
+        packets.store(
+            u64::from(bounds.packets).min(lane_load::MAX_PACKETS),
+            Ordering::Relaxed,
+        );
+        bytes.store(bounds.bytes.min(lane_load::MAX_BYTES), Ordering::Relaxed);
+    }
+
+    /// What a lane holds.
+    #[must_use]
+    pub fn lane_use(&self, lane: LaneNumber) -> LaneUse {
+        let entry = self.lanes.pointer(usize::from(lane.0));
+        // SAFETY: as in `bound_lane`; here the programs write, atomically.
+        let (load, full_packets) = unsafe {
+            (
+                AtomicU64::from_ptr(&raw mut (*entry).held).load(Ordering::Relaxed),
+                AtomicU64::from_ptr(&raw mut (*entry).full_packets).load(Ordering::Relaxed),
+            )
+        };
+        LaneUse {
+            packets: lane_load::packets(load),
+            bytes: lane_load::bytes(load),
+            full_packets,
+            load,
+        }
+    }
+
+    /// Takes a lane for empty if its load is still the one that was seen; whether it was.
+    pub fn empty_lane(&mut self, lane: LaneNumber, seen: u64) -> bool {
+        let entry = self.lanes.pointer(usize::from(lane.0));
+        // SAFETY: as in `lane_use`.
+        let held = unsafe { AtomicU64::from_ptr(&raw mut (*entry).held) };
+        held.compare_exchange(seen, 0, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
     }
 
     /// Packets that lanes lost on the way, or met on their devices and know nothing of.

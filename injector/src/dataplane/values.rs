@@ -9,6 +9,32 @@ use crate::rules::model::{AddrSet, Protocol, Rule};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TargetSlot(pub u16);
 
+/// Number of a lane, from 0. It is the classid of the filters on the lane's devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LaneNumber(pub u16);
+
+/// How much a lane may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LaneBounds {
+    /// Packets.
+    pub packets: u32,
+    /// Memory, in bytes, as [`injector_common::layout::lane_load`] estimates it.
+    pub bytes: u64,
+}
+
+/// What a lane holds, and what it could not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LaneUse {
+    /// Packets that it holds.
+    pub packets: u64,
+    /// Their memory, in bytes, as [`injector_common::layout::lane_load`] estimates it.
+    pub bytes: u64,
+    /// Wire packets that were lost because it was full, since it was made.
+    pub full_packets: u64,
+    /// The word behind `packets` and `bytes`.
+    pub load: u64,
+}
+
 /// Number of a rule among those in force: 0 to 1,023.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RuleSlot(pub u16);

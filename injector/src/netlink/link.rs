@@ -25,6 +25,7 @@ const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_STATS64: u16 = 23;
 const IFLA_NET_NS_FD: u16 = 28;
+const IFLA_NUM_TX_QUEUES: u16 = 31;
 const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_XDP: u16 = 43;
 const IFLA_ALT_IFNAME: u16 = 53;
@@ -313,13 +314,15 @@ pub fn create_bridge(name: &str) -> Result<(), NetlinkError> {
     )
 }
 
-/// Makes the interface for VLAN `id` (802.1Q) of `parent`.
-pub fn create_vlan(name: &str, parent: u32, id: u16) -> Result<(), NetlinkError> {
+/// Makes the interface for VLAN `id` (802.1Q) of `parent`, with so many queues for what it sends. They are not
+/// taken from the parent (`rtnl_create_link`, net/core/rtnetlink.c).
+pub fn create_vlan(name: &str, parent: u32, id: u16, queues: u32) -> Result<(), NetlinkError> {
     create(
         &format!("create VLAN {id} ({name}) of interface {parent}"),
         on(0)
             .string(IFLA_IFNAME, name)
             .u32(IFLA_LINK, parent)
+            .u32(IFLA_NUM_TX_QUEUES, queues)
             .nest(IFLA_LINKINFO, |info| {
                 info.string(IFLA_INFO_KIND, "vlan")
                     .nest(IFLA_INFO_DATA, |data| {

@@ -26,8 +26,9 @@ pub use self::{
     overlap::double_pass,
     route::{Route, outgoing, routes},
     tc::{
-        BpfFilter, Created, Filter, Hook, HookQdisc, NewFilter, QdiscStats, add_clsact, add_fq,
-        attach, chains, delete_clsact, detach, filters, has_clsact, hook_qdisc, root_stats,
+        BpfFilter, Created, Filter, FqLimits, Hook, HookQdisc, NewFilter, QdiscStats, add_clsact,
+        add_fq, attach, chains, change_fq, delete_clsact, detach, filters, has_clsact, hook_qdisc,
+        root_stats,
     },
 };
 pub(crate) use self::{

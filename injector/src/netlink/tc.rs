@@ -41,8 +41,18 @@ const TCA_FQ_RATE_ENABLE: u16 = 5;
 const TCA_FQ_BUCKETS_LOG: u16 = 8;
 const TCA_FQ_ORPHAN_MASK: u16 = 10;
 const TCA_FQ_HORIZON: u16 = 14;
-/// Trees over which fq spreads its flows, as a power of two; 16 bytes each.
-const FQ_BUCKETS_LOG: u32 = 14;
+const TCA_FQ_PRIOMAP: u16 = 16;
+/// `FQ_BUCKETS_LOG` at most (`fq_policy` and `fq_change`, net/sched/sch_fq.c, 6.1).
+const MAX_BUCKETS_LOG: u32 = 18;
+/// `struct tc_prio_qopt`: three bands, as fq has them, and every priority in the first of them.
+const FQ_ONE_BAND: [u8; 20] = {
+    let mut map = [0; 20];
+    let bands = 3_u32.to_ne_bytes();
+    (map[0], map[1], map[2], map[3]) = (bands[0], bands[1], bands[2], bands[3]);
+    map
+};
+/// Handle of the mq that a device of several queues gets; its classes are numbered from 1.
+const MQ_HANDLE: u32 = 1 << 16;
 const TC_H_ROOT: u32 = 0xffff_ffff;
 const TC_H_CLSACT: u32 = 0xffff_fff1;
 const CLSACT_HANDLE: u32 = 0xffff_0000;
@@ -440,33 +450,109 @@ pub(crate) fn add_root_qdisc(ifindex: u32, kind: &str) -> Result<(), NetlinkErro
         .map(|_| ())
 }
 
-/// Adds an fq that paces by departure times alone, as the root of an interface. It holds `limit` packets at
-/// most, of one flow or of many.
-pub fn add_fq(ifindex: u32, limit: u32) -> Result<(), NetlinkError> {
-    let what = format!("add qdisc fq to interface {ifindex}");
-    let request = Header {
+/// The limits of an fq.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FqLimits {
+    /// Packets that it holds, of one flow or of many.
+    pub packets: u32,
+    /// Packets whose departure is further ahead are dropped, microseconds.
+    pub horizon_us: u32,
+}
+
+impl FqLimits {
+    /// Trees over which it spreads its flows, as a power of two: sixteen flows a tree, where each packet that it
+    /// may hold is a flow of its own (packets that may be overtaken are). Eight bytes a tree.
+    fn buckets_log(self) -> u32 {
+        self.packets
+            .max(1)
+            .ilog2()
+            .saturating_sub(4)
+            .clamp(10, MAX_BUCKETS_LOG)
+    }
+}
+
+/// Adds fq as the root of an interface or, where it has several queues, mq with one fq a queue. They pace by
+/// departure times alone. The interface is down: grafting a child takes its queue out of service (`mq_graft`,
+/// net/sched/sch_mq.c).
+pub fn add_fq(ifindex: u32, queues: u32, limits: FqLimits) -> Result<(), NetlinkError> {
+    if queues > 1 {
+        let what = format!("add qdisc mq to interface {ifindex}");
+        let request = Header {
+            ifindex,
+            handle: MQ_HANDLE,
+            parent: TC_H_ROOT,
+            ..Header::default()
+        }
+        .message()
+        .string(TCA_KIND, "mq")
+        .into_bytes();
+        Connection::open(&what)?.request(
+            &what,
+            RTM_NEWQDISC,
+            NLM_F_CREATE | NLM_F_EXCL,
+            &request,
+        )?;
+    }
+    fq_parents(queues).try_for_each(|parent| {
+        let what = format!("add qdisc fq to interface {ifindex}");
+        Connection::open(&what)?
+            .request(
+                &what,
+                RTM_NEWQDISC,
+                NLM_F_CREATE | NLM_F_EXCL,
+                &fq(ifindex, parent, limits),
+            )
+            .map(|_| ())
+    })
+}
+
+/// Gives what [`add_fq`] has made other limits. What it holds stays, up to the new limit: what is beyond that is
+/// dropped (`fq_change`, net/sched/sch_fq.c).
+pub fn change_fq(ifindex: u32, queues: u32, limits: FqLimits) -> Result<(), NetlinkError> {
+    fq_parents(queues).try_for_each(|parent| {
+        let what = format!("change qdisc fq of interface {ifindex}");
+        // Without a handle, and without flags, the child that is there is changed (`tc_modify_qdisc`,
+        // net/sched/sch_api.c).
+        Connection::open(&what)?
+            .request(&what, RTM_NEWQDISC, 0, &fq(ifindex, parent, limits))
+            .map(|_| ())
+    })
+}
+
+/// The root, or the classes of the mq.
+fn fq_parents(queues: u32) -> impl Iterator<Item = u32> {
+    (1..=queues.max(1)).map(move |number| {
+        if queues > 1 {
+            MQ_HANDLE | number
+        } else {
+            TC_H_ROOT
+        }
+    })
+}
+
+fn fq(ifindex: u32, parent: u32, limits: FqLimits) -> Vec<u8> {
+    Header {
         ifindex,
-        parent: TC_H_ROOT,
+        parent,
         ..Header::default()
     }
     .message()
     .string(TCA_KIND, "fq")
     .nest(TCA_OPTIONS, |options| {
         options
-            .u32(TCA_FQ_PLIMIT, limit)
-            .u32(TCA_FQ_FLOW_PLIMIT, limit)
+            .u32(TCA_FQ_PLIMIT, limits.packets)
+            .u32(TCA_FQ_FLOW_PLIMIT, limits.packets)
             .u32(TCA_FQ_RATE_ENABLE, 0)
-            .u32(TCA_FQ_BUCKETS_LOG, FQ_BUCKETS_LOG)
+            .u32(TCA_FQ_BUCKETS_LOG, limits.buckets_log())
             // Every packet has a hash of our making. With the default, 1023, flows would share queues, and
             // wait for each other's departure times.
             .u32(TCA_FQ_ORPHAN_MASK, u32::MAX)
-            // Microseconds; rules hold for less.
-            .u32(TCA_FQ_HORIZON, u32::MAX)
+            .u32(TCA_FQ_HORIZON, limits.horizon_us)
+            // From 6.7 on the limit is one a band, and bands take turns: here all priorities are equal. Older
+            // kernels do not know the attribute and skip it (`nla_parse_nested_deprecated`).
+            .bytes(TCA_FQ_PRIOMAP, &FQ_ONE_BAND)
     })
-    .into_bytes();
-    Connection::open(&what)?
-        .request(&what, RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &request)
-        .map(|_| ())
+    .into_bytes()
 }
 
 /// Counters of a qdisc.
@@ -480,7 +566,8 @@ pub struct QdiscStats {
     pub dropped_packets: u64,
 }
 
-/// The counters of an interface's root qdisc.
+/// The counters of an interface's root qdisc; those of mq are the sums of its children's (`mq_dump`,
+/// net/sched/sch_mq.c).
 pub fn root_stats(ifindex: u32) -> Result<QdiscStats, NetlinkError> {
     let what = format!("read the counters of the qdisc of interface {ifindex}");
     let request = Header {
@@ -548,6 +635,24 @@ mod tests {
         assert_eq!((bpf.id, bpf.classid, bpf.direct_action), (77, 5, true));
         assert_eq!(bpf.tag, "a0040000000000ff");
         assert!(parse_filter(&message[..12]).unwrap().is_none());
+    }
+
+    #[test]
+    fn trees_grow_with_the_packets() {
+        let log = |packets| {
+            FqLimits {
+                packets,
+                horizon_us: 0,
+            }
+            .buckets_log()
+        };
+        assert_eq!(log(0), 10);
+        assert_eq!(log(1000), 10);
+        assert_eq!(log(100_000), 12);
+        assert_eq!(log(u32::MAX), MAX_BUCKETS_LOG);
+        assert_eq!(FQ_ONE_BAND[..4], 3_u32.to_ne_bytes());
+        assert_eq!(fq_parents(1).collect::<Vec<_>>(), [TC_H_ROOT]);
+        assert_eq!(fq_parents(2).collect::<Vec<_>>(), [0x1_0001, 0x1_0002]);
     }
 
     #[test]

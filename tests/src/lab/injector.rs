@@ -166,7 +166,15 @@ pub struct TargetStats {
 pub struct LaneStats {
     /// Packets in its queue.
     pub queued_packets: u64,
-    /// Packets that it dropped because it was full.
+    /// Packets that it may hold.
+    pub capacity_packets: u64,
+    /// Memory that it takes, in bytes.
+    pub memory_bytes: u64,
+    /// Memory that it may take, in bytes.
+    pub memory_capacity: u64,
+    /// Packets that found it full.
+    pub full_packets: u64,
+    /// Packets that its queues dropped.
     pub dropped_packets: u64,
     /// Packets that its devices dropped.
     pub device_drops: u64,
@@ -214,7 +222,7 @@ impl Stats {
         let dropped: u64 = self
             .lanes
             .iter()
-            .map(|lane| lane.dropped_packets + lane.device_drops)
+            .map(|lane| lane.full_packets + lane.dropped_packets + lane.device_drops)
             .sum();
         let errors: u64 = self
             .targets

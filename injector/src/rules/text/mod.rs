@@ -14,6 +14,7 @@ pub mod protocol;
 pub mod range;
 pub mod rate;
 pub mod share;
+pub mod size;
 pub mod tcp_flags;
 
 use super::error::Problem;
