@@ -61,7 +61,7 @@ impl Packet for SkbPacket<'_> {
 /// Hides from the optimiser how an offset or a packet pointer came about. Else it may compare one sum with the
 /// packet's end and read through another that it knows to be equal; the verifier knows only about the first.
 #[inline(always)]
-fn opaque(mut value: usize) -> usize {
+pub(crate) fn opaque(mut value: usize) -> usize {
     // SAFETY: a register is copied onto itself. (Without any instruction two lines of source would share an
     // address, which the kernel refuses in line_info.)
     unsafe {

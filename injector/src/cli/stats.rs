@@ -280,6 +280,7 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
         "MATCHED",
         "CUT",
         "SHARE",
+        "REJECTED",
         "EXCESS",
         "LOST",
         "COPIES",
@@ -295,6 +296,7 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
         "LAST",
     ])
     .sparing(&[
+        "REJECTED",
         "EXCESS",
         "LOST",
         "COPIES",
@@ -317,6 +319,7 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
             amount(total.matched_packets, total.matched_bytes),
             amount(total.cut_packets, total.cut_bytes),
             percent(total.cut_packets, total.matched_packets),
+            total.answered_packets.to_string(),
             total.excess_packets.to_string(),
             total.lost_packets.to_string(),
             total.copies.to_string(),
