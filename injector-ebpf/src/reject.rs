@@ -35,7 +35,10 @@ use injector_common::{
     packet::MAX_VLAN_TAGS,
 };
 
-use crate::{skb::opaque, tables};
+use crate::{
+    skb::{bounded, opaque},
+    tables,
+};
 
 /// Bytes that one call of `bpf_csum_diff` adds up at most (`MAX_BPF_STACK`, net/core/filter.c, 6.1).
 const SUMMED: usize = 512;
@@ -247,10 +250,7 @@ impl Rejected<'_> {
     /// Writes bytes behind the link layer.
     #[inline(always)]
     fn store(&self, at: u32, bytes: *const u8, length: u32, most: u32) -> Result<(), Refused> {
-        let length = opaque(length as usize) as u32;
-        if length == 0 || length > most {
-            return Err(Refused);
-        }
+        let length = bounded(length, most).ok_or(Refused)?;
         // SAFETY: the caller's bytes, at least `most` of them.
         check(unsafe {
             bpf_skb_store_bytes(
@@ -313,20 +313,16 @@ impl Rejected<'_> {
         } else {
             whole
         };
-        let length = opaque(answers::body_length(parsed, length) as usize);
-        if length == 0 || length > MAX_BODY as usize {
-            return Err(Refused);
-        }
+        let length = answers::body_length(parsed, length);
+        let length = bounded(length, MAX_BODY).ok_or(Refused)?;
         let body = space.body.as_mut_ptr();
         // SAFETY: as many bytes, and four more, are there.
-        check(unsafe {
-            bpf_skb_load_bytes(self.skb().cast(), network, body.cast(), length as u32)
-        })?;
+        check(unsafe { bpf_skb_load_bytes(self.skb().cast(), network, body.cast(), length) })?;
         // SAFETY: as above.
         unsafe {
-            body.add(length).write(0);
-            body.add(length + 1).write(0);
-            body.add(length + 2).write(0);
+            body.add(length as usize).write(0);
+            body.add(length as usize + 1).write(0);
+            body.add(length as usize + 2).write(0);
         }
         let sum = if self.cut_to_checksum(self.upper())? {
             let at = parsed.network_length + answers::checksum_field(parsed).ok_or(Refused)?;
@@ -338,17 +334,14 @@ impl Rejected<'_> {
             let field = unsafe { u16::from_be_bytes([*body.add(at), *body.add(at + 1)]) };
             sum(body, parsed.network_length as usize) + answers::completed_sum(field)
         } else {
-            sum(body, length)
+            sum(body, length as usize)
         };
-        self.set_length(network + length as u32)?;
-        let about = Body {
-            length: length as u32,
-            sum,
-        };
+        self.set_length(network + length)?;
+        let about = Body { length, sum };
         let headers = answers::unreachable(self.work.answer, parsed, about, &mut space.headers);
         self.adjust_room(headers as i32)?;
         self.store(network, space.headers.as_ptr(), headers, MAX_HEADERS as u32)?;
-        self.store(network + headers, body, length as u32, MAX_BODY)
+        self.store(network + headers, body, length, MAX_BODY)
     }
 
     /// Sends the frame back to where it came from.

@@ -70,6 +70,18 @@ pub(crate) fn opaque(mut value: usize) -> usize {
     value
 }
 
+/// A length from 1 to `most`, in a form of which the verifier knows that it is one: that of 6.1 learns nothing from
+/// a comparison with zero (`reg_set_min_max`, kernel/bpf/verifier.c).
+#[inline(always)]
+pub(crate) fn bounded(length: u32, most: u32) -> Option<u32> {
+    let beyond_first = opaque((length as usize).wrapping_sub(1));
+    if beyond_first < most as usize {
+        Some(beyond_first as u32 + 1)
+    } else {
+        None
+    }
+}
+
 #[expect(
     clippy::cast_ptr_alignment,
     reason = "the supported machines read any address, and the compiler would read an unaligned one bytewise"

@@ -187,8 +187,9 @@ fn who_connects_is_refused_as_asked() -> Result<()> {
                     "{place:?} {answer} {to}: {error:?}"
                 );
                 ensure!(after.answered_packets == after.matched_packets, "{after:?}");
-                // A reset is heard although the socket is still busy connecting; an error not until the SYN is sent
-                // again (`tcp_v4_err`, net/ipv4/tcp_ipv4.c: sock_owned_by_user).
+                // A reset waits until the socket is no longer busy with connecting. An error that comes while it is
+                // does not (`tcp_v6_err`, net/ipv6/tcp_ipv6.c: sock_owned_by_user), and is heard when the SYN has
+                // been sent again.
                 ensure!(
                     sent == 1 || answer != "rst" && sent == 2,
                     "{place:?} {answer} {to}: {sent} packets"
@@ -665,8 +666,8 @@ fn checksums_are_right_whoever_completes_them() -> Result<()> {
                             })?;
                         }
                         ensure!(
-                            !frame.partial || offload == "on",
-                            "a checksum was left open: {frame:?}"
+                            !frame.partial || offload == "on" || matches!(place, Place::AtClient),
+                            "a checksum was left open on the wire: {frame:?}"
                         );
                     }
                     report(format!(
