@@ -11,16 +11,17 @@
 //!    of prefixes.
 
 use crate::{
+    answers,
     fate::{self, Phase},
     layout::{
         BITMAP_EMPTY, BITMAP_UNPROTECTED, BITMAP_WORDS, Bitmap, Class, Config, Connection,
         Distribution, EXEMPT_WORDS, FlowEntry, FlowKey, FragmentKey, Held, MAX_CANDIDATES,
         MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS, NO_PORT, PORT_CLASSES, PROTOCOL_CLASSES, Prefix,
-        RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper, family,
-        fault, hook, identity, kind, needs, role, rule_flag, state_site, upper_has,
+        RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper, answer,
+        family, fault, hook, identity, kind, needs, role, rule_flag, state_site, upper_has,
     },
     line::Line,
-    packet::{Fragment, Packet, Parsed, Unparsed, parse},
+    packet::{Fragment, MAX_VLAN_TAGS, Packet, Parsed, Unparsed, Window, parse},
     segments::{Matched, Meta, Segments, matching},
 };
 
@@ -33,6 +34,8 @@ pub enum Verdict {
     Cut,
     /// It goes through the target's lane, where its wire packets are decided one by one.
     Lane,
+    /// It vanishes, and its sender gets this [`crate::layout::answer`].
+    Reject(u32),
 }
 
 /// What one pass over a packet came to. The kernel program makes each pass a run of its own (by tail calls):
@@ -50,6 +53,8 @@ pub enum Outcome {
     Arrives,
     /// It goes through the target's lane. [`Work::enter`] says by which way.
     Lane,
+    /// It vanishes, and its sender gets an answer: [`Work::answer`].
+    Reject,
 }
 
 /// A state after some packets were added to it.
@@ -205,6 +210,14 @@ pub struct Work {
     pub lane: u32,
     /// [`needs`] of the rules that act on it, where it goes through the lane.
     pub enter: u32,
+    /// Whether a rule that rejects acts on it: then it stays out of the lane.
+    pub refused: u32,
+    /// Whether a rule that says nothing to the sender took it.
+    pub silent: u32,
+    /// What it is answered with: [`crate::layout::answer`].
+    pub answer: u32,
+    /// Slot of the rule that answers.
+    pub answer_slot: u32,
     /// What becomes of it in the lane.
     pub line: Line,
 }
@@ -217,10 +230,16 @@ pub fn decide<P: Packet, T: Tables>(packet: &mut P, meta: Meta, tables: &T) -> V
             Outcome::Pass => return Verdict::Pass,
             Outcome::Cut => return Verdict::Cut,
             Outcome::Lane => return Verdict::Lane,
+            Outcome::Reject => return tables.work().map_or(Verdict::Cut, rejected),
             Outcome::Again => {}
             Outcome::Arrives => meta.hook = hook::INGRESS,
         }
     }
+}
+
+/// The verdict about a packet that is answered.
+fn rejected(work: *mut Work) -> Verdict {
+    Verdict::Reject(read_once!(work, answer))
 }
 
 /// One pass over a packet, in the direction that `meta` says.
@@ -340,7 +359,14 @@ fn decide_direction<P: Packet, T: Tables>(
     counters.table_full += u64::from(work.full);
     if verdict == Ok(Verdict::Cut) {
         counters.cut_packets += packets;
-        return Outcome::Cut;
+        let answered = work.answer != answer::NONE
+            && work.silent == 0
+            && can_go_back(packet, l2_length, work.parsed.network_offset);
+        return if answered {
+            Outcome::Reject
+        } else {
+            Outcome::Cut
+        };
     }
     if verdict == Ok(Verdict::Lane) {
         // Whether it passes or is cut is counted in the lane, packet by packet.
@@ -355,6 +381,29 @@ fn decide_direction<P: Packet, T: Tables>(
         counters.errors += 1;
     }
     Outcome::Pass
+}
+
+/// Whether a frame can be sent back. Not if it is addressed to a group or to everybody, by the lowest bit of its
+/// first byte (IEEE 802): what was sent to many is answered by none (RFC 1122, section 3.2.2). Nor with tags of the
+/// obsolete ethertype 0x9100 in the packet, which the kernel does not know for tags (`eth_type_vlan`,
+/// include/linux/if_vlan.h), so that it cannot make room behind them.
+#[inline(always)]
+fn can_go_back<P: Packet>(packet: &P, l2_length: u32, network_offset: u32) -> bool {
+    if l2_length == 0 {
+        return true;
+    }
+    let mut can = packet
+        .window(0, 1)
+        .is_some_and(|window| window.u8(0) & 1 == 0);
+    for tag in 0..MAX_VLAN_TAGS {
+        let at = l2_length + 4 * tag;
+        if at < network_offset {
+            can &= packet
+                .window(at - 2, 2)
+                .is_some_and(|window| matches!(window.be16(0), 0x8100 | 0x88a8));
+        }
+    }
+    can
 }
 
 /// [`FlowEntry::slots`] in words of eight bytes.
@@ -422,6 +471,7 @@ fn decide_flow<T: Tables>(
     }
     work.lapsed = u32::from(work.now_ns >= read_once!(config, lease_until_ns));
     work.missing = 0;
+    work.refused = 0;
     if work.lane != 0 && work.found.needs != 0 {
         if work.lapsed == 0 {
             tables.repeat::<Entering>(work.found.count, work);
@@ -429,7 +479,9 @@ fn decide_flow<T: Tables>(
                 return Err(Missing);
             }
         }
-        if work.enter == 0 && work.found.needs & needs::LANE != 0 && is_held(tables, work) {
+        if work.refused != 0 {
+            work.enter = 0;
+        } else if work.enter == 0 && work.found.needs & needs::LANE != 0 && is_held(tables, work) {
             work.enter = needs::LANE;
         }
         if work.enter != 0 {
@@ -437,6 +489,8 @@ fn decide_flow<T: Tables>(
         }
     }
     work.hits = 0;
+    work.silent = 0;
+    work.answer = answer::NONE;
     tables.repeat::<Candidate>(work.found.count, work);
     if work.missing != 0 {
         return Err(Missing);
@@ -473,12 +527,15 @@ impl Step for Entering {
         };
         // SAFETY: valid by `Tables`; rules of the copy in force are not written.
         let rule = unsafe { &*rule };
-        let asks = rule.needs & needs::LANE != 0
+        let rejects = rule.fault == fault::REJECT;
+        let asks = rejects
+            || rule.needs & needs::LANE != 0
             || rule.needs & needs::WIRE != 0 && work.segments.count > 1;
         if asks
             && matched(rule, work).packets != 0
             && fate::phase(rule, work.now_ns) == Phase::Acting
         {
+            work.refused |= u32::from(rejects);
             work.enter |= rule.needs;
         }
         true
@@ -505,7 +562,23 @@ impl Step for Candidate {
             return false;
         };
         // SAFETY: valid by `Tables`; rules of the copy in force are not written, counters are per CPU.
-        work.hits += unsafe { judge(tables, &*rule, work, &mut *counters) };
+        let (rule, counters) = unsafe { (&*rule, &mut *counters) };
+        if work.refused != 0 && rule.needs & needs::LANE != 0 {
+            // What this rule remembers of the flow is the lane's, which the packet does not come to.
+            return true;
+        }
+        let hits = judge(tables, rule, work, counters);
+        work.hits += hits;
+        if hits != 0 {
+            if rule.fault != fault::REJECT {
+                work.silent = 1;
+            } else if work.answer == answer::NONE
+                && answers::may_answer(rule.n as u32, &work.parsed)
+            {
+                work.answer = rule.n as u32;
+                work.answer_slot = slot;
+            }
+        }
         true
     }
 }
@@ -626,7 +699,7 @@ fn judge<T: Tables>(
         // Without state a position is not known: only what does not depend on it is decided.
         counters.stateless_packets += packets;
         work.full += 1;
-        if rule.fault == fault::CUT { packets } else { 0 }
+        if fate::hits_all(rule) { packets } else { 0 }
     };
     if hits != 0 {
         counters.cut_packets += hits;

@@ -12,7 +12,7 @@ use crate::{
 pub fn hits(rule: &RuleEntry, before: u64, count: u64) -> u64 {
     let after = before + count;
     match rule.fault {
-        fault::CUT => count,
+        fault::CUT | fault::REJECT => count,
         fault::NTH => u64::from(before < rule.n && rule.n <= after),
         fault::FIRST => at_most(after, rule.n) - at_most(before, rule.n),
         fault::ONCE => at_most(after, 1) - at_most(before, 1),
@@ -22,6 +22,13 @@ pub fn hits(rule: &RuleEntry, before: u64, count: u64) -> u64 {
         }
         _ => 0,
     }
+}
+
+/// Whether a fault hits every packet, whatever its position.
+#[inline(always)]
+#[must_use]
+pub fn hits_all(rule: &RuleEntry) -> bool {
+    rule.fault == fault::CUT || rule.fault == fault::REJECT
 }
 
 #[inline(always)]
@@ -148,7 +155,7 @@ mod tests {
         let index = |p: u64| rule.pattern[(p / 64) as usize] >> (p % 64) & 1 == 1;
         let length = u64::from(rule.pattern_length);
         match rule.fault {
-            fault::CUT => true,
+            fault::CUT | fault::REJECT => true,
             fault::NTH => position == rule.n,
             fault::FIRST => position <= rule.n,
             fault::EVERY => position.is_multiple_of(rule.n),
@@ -163,6 +170,7 @@ mod tests {
     fn hits_of_a_range_are_those_of_its_positions() {
         for kind in [
             fault::CUT,
+            fault::REJECT,
             fault::NTH,
             fault::FIRST,
             fault::EVERY,

@@ -529,6 +529,23 @@ pub mod fault {
     pub const ONCE: u32 = 6;
     /// None of these.
     pub const NONE: u32 = 7;
+    /// Every packet is lost, and answered where that may be done: [`super::answer`] is in
+    /// [`super::RuleEntry::n`].
+    pub const REJECT: u32 = 8;
+}
+
+/// What a packet is answered with.
+pub mod answer {
+    /// Nothing.
+    pub const NONE: u32 = 0;
+    /// A TCP reset.
+    pub const RST: u32 = 1;
+    /// ICMP: host unreachable (ICMPv6: address unreachable).
+    pub const ICMP_HOST: u32 = 2;
+    /// ICMP: port unreachable.
+    pub const ICMP_PORT: u32 = 3;
+    /// ICMP: communication administratively prohibited.
+    pub const ICMP_ADMIN: u32 = 4;
 }
 
 /// Bits of [`Shape::stages`]: what a rule does to packets in a lane.
@@ -687,7 +704,7 @@ pub struct RuleEntry {
     pub flap_up_ns: u64,
     /// How far into a cycle the activation is.
     pub flap_phase_ns: u64,
-    /// Number of a positional fault; at least 1.
+    /// Number of a positional fault, at least 1; under [`fault::REJECT`] one of [`answer`].
     pub n: u64,
     /// Pattern: position p (from 0) is bit `p % 64` of word `p / 64`.
     pub pattern: [u64; 4],
@@ -757,6 +774,8 @@ pub struct RuleCounters {
     pub marked_packets: u64,
     /// Packets that a stall held.
     pub stalled_packets: u64,
+    /// Answers sent to cut packets; one for a super-packet.
+    pub answered_packets: u64,
     /// When the first packet matched, `CLOCK_MONOTONIC` in nanoseconds; 0 for never.
     pub first_ns: u64,
     /// When the last packet matched.
@@ -779,7 +798,7 @@ pub struct TargetCounters {
     pub unparsed_packets: u64,
     /// Later fragments whose first one was not seen.
     pub orphan_fragments: u64,
-    /// Failures of our own; the packet passed.
+    /// Failures of our own; the packet passed, or was cut without the answer that was due.
     pub errors: u64,
     /// Times that a table was full: flows decided anew with each packet, states not kept.
     pub table_full: u64,
@@ -813,7 +832,7 @@ const _: () = {
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<Upper>() == 8);
     assert!(size_of::<RuleEntry>() == 280 && offset_of!(RuleEntry, dscp) == 144);
-    assert!(size_of::<RuleCounters>() == 184);
+    assert!(size_of::<RuleCounters>() == 192);
     assert!(size_of::<TargetCounters>() == 96);
 };
 

@@ -272,7 +272,7 @@ fn strike<T: Tables>(
         // Without state nothing is drawn: only what does not depend on it happens.
         counters.stateless_packets += packets;
         work.full += 1;
-        if rule.fault == fault::CUT {
+        if fate::hits_all(rule) {
             lose(work, counters, packets, matched.bytes + packets * frame);
         }
         return;

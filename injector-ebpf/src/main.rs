@@ -1,10 +1,10 @@
 //! The injector's TC programs: one for each direction at a target, and those of the [`lane`].
 //!
 //! An entry point builds the context, lets [`injector_common::decide`] decide, and turns the verdict into an
-//! action. Maps are in [`tables`], reading of the skb in [`skb`].
+//! action. Maps are in [`tables`], reading of the skb in [`skb`], what becomes of rejected packets in [`reject`].
 //!
 //! A packet can need more than one pass: because its headers had to be pulled into the linear part first, or
-//! because it leaves through a loopback device and is decided for arrival as well. Each pass is a run of its
+//! because it leaves through a loopback device and is decided for arrival as well, or because it is answered. Each pass is a run of its
 //! own, by a tail call.
 //!
 //! Both are `cls_bpf` filters in direct-action mode on clsact. To pass a packet they return `TC_ACT_UNSPEC`:
@@ -35,6 +35,7 @@
 )]
 
 mod lane;
+mod reject;
 mod skb;
 mod tables;
 
@@ -80,6 +81,12 @@ pub fn injector_line(ctx: TcContext) -> i32 {
     lane::line(&ctx)
 }
 
+/// Packets that are answered.
+#[classifier]
+pub fn injector_reject(ctx: TcContext) -> i32 {
+    reject::reject(&ctx)
+}
+
 #[inline(always)]
 fn run(ctx: &TcContext, direction: u32) -> i32 {
     match lane::returned(ctx, direction) {
@@ -95,6 +102,10 @@ fn run(ctx: &TcContext, direction: u32) -> i32 {
         Outcome::Pass => return TC_ACT_UNSPEC,
         Outcome::Cut => return TC_ACT_STOLEN,
         Outcome::Lane => return lane::enter(ctx, direction),
+        Outcome::Reject => {
+            tables::tail_call(ctx, tables::REJECT);
+            return TC_ACT_STOLEN;
+        }
         Outcome::Again => direction,
         Outcome::Arrives => hook::INGRESS,
     };

@@ -61,13 +61,25 @@ impl Packet for SkbPacket<'_> {
 /// Hides from the optimiser how an offset or a packet pointer came about. Else it may compare one sum with the
 /// packet's end and read through another that it knows to be equal; the verifier knows only about the first.
 #[inline(always)]
-fn opaque(mut value: usize) -> usize {
+pub(crate) fn opaque(mut value: usize) -> usize {
     // SAFETY: a register is copied onto itself. (Without any instruction two lines of source would share an
     // address, which the kernel refuses in line_info.)
     unsafe {
         core::arch::asm!("{0} = {0}", inout(reg) value, options(nomem, nostack, preserves_flags));
     }
     value
+}
+
+/// A length from 1 to `most`, in a form of which the verifier knows that it is one: that of 6.1 learns nothing from
+/// a comparison with zero (`reg_set_min_max`, kernel/bpf/verifier.c).
+#[inline(always)]
+pub(crate) fn bounded(length: u32, most: u32) -> Option<u32> {
+    let beyond_first = opaque((length as usize).wrapping_sub(1));
+    if beyond_first < most as usize {
+        Some(beyond_first as u32 + 1)
+    } else {
+        None
+    }
 }
 
 #[expect(

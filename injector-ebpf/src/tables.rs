@@ -21,6 +21,8 @@ use injector_common::{
     line::Entry,
 };
 
+use crate::reject::Answer;
+
 const BPF_F_NO_PREALLOC: u32 = 1;
 const BPF_F_MMAPABLE: u32 = 1 << 10;
 const BPF_ANY: u64 = 0;
@@ -202,14 +204,32 @@ pub(crate) fn target_counters(index: u32) -> Option<*mut TargetCounters> {
 #[map]
 static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 
+/// What an answer is made of.
+#[map]
+static ANSWER: PerCpuArray<Answer> = PerCpuArray::with_max_entries(1, 0);
+
+/// What an answer is made of.
+#[inline(always)]
+pub(crate) fn answer() -> Option<*mut Answer> {
+    ANSWER.get_ptr_mut(0)
+}
+
+/// Counters of a rule, by slot and direction.
+#[inline(always)]
+pub(crate) fn rule_counters(index: u32) -> Option<*mut RuleCounters> {
+    RULE_COUNTERS.get_ptr_mut(index)
+}
+
 /// The programs by direction, for further passes over a packet. Written by the loader. The kernel empties it
 /// when the last file descriptor of it is closed (`bpf_fd_array_map_clear`, kernel/bpf/arraymap.c): a loader
 /// that has died takes its lease with it anyway.
 #[map]
-static PASSES: ProgramArray = ProgramArray::with_max_entries(3, 0);
+static PASSES: ProgramArray = ProgramArray::with_max_entries(4, 0);
 
 /// Index of the line's program in `PASSES`; those of the hooks are their directions.
 pub(crate) const LINE: u32 = 2;
+/// Index of the program in `PASSES` that answers rejected packets.
+pub(crate) const REJECT: u32 = 3;
 
 /// Ends this program and runs another one of `PASSES` on the same packet; returns only if there is none.
 #[inline(always)]

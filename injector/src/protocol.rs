@@ -778,6 +778,9 @@ pub struct RuleCounters {
     /// Wire packets that a stall held.
     #[serde(default)]
     pub stalled_packets: u64,
+    /// Answers sent to cut packets.
+    #[serde(default)]
+    pub answered_packets: u64,
     /// When the first packet matched, in nanoseconds of the kernel's monotonic clock; 0: never.
     pub first_ns: u64,
     /// When the last one did.
@@ -814,6 +817,7 @@ impl AddAssign for RuleCounters {
         self.overflow_packets += other.overflow_packets;
         self.marked_packets += other.marked_packets;
         self.stalled_packets += other.stalled_packets;
+        self.answered_packets += other.answered_packets;
         if other.first_ns != 0 && (self.first_ns == 0 || other.first_ns < self.first_ns) {
             self.first_ns = other.first_ns;
             self.first_at = other.first_at;
@@ -840,7 +844,7 @@ pub struct TargetCounters {
     pub unparsed_packets: u64,
     /// Later fragments whose first one was not seen.
     pub orphan_fragments: u64,
-    /// Errors of our own; the packet passed.
+    /// Errors of our own; the packet passed, or was cut without the answer that was due.
     pub errors: u64,
     /// Inserts into a full table.
     pub table_full: u64,

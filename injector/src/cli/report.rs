@@ -233,6 +233,7 @@ pub(super) fn deeds(stats: &RuleStats) -> String {
         let _ = write!(text, "; {}", realised(one));
     }
     for (number, what) in [
+        (total.answered_packets, "answers sent"),
         (
             total.excess_packets,
             "excess: cut along with others of their super-packet",

@@ -192,6 +192,14 @@ pub(super) struct RuleArgs {
     #[arg(long, help_heading = "Which of them are lost (one of)")]
     pub(super) drop_once: bool,
 
+    /// Lose every packet, and answer it: rst (with --proto tcp), icmp-host, icmp-port, icmp-admin
+    #[arg(
+        long,
+        value_name = "ANSWER",
+        help_heading = "Which of them are lost (one of)"
+    )]
+    pub(super) reject: Option<String>,
+
     /// Delay every packet: 100ms
     #[arg(
         long,
@@ -406,6 +414,7 @@ impl RuleArgs {
                 drop_pattern: self.drop_pattern.clone(),
                 once: self.once,
                 drop_once: self.drop_once,
+                reject: self.reject.clone(),
                 loss: self.loss.clone(),
                 duplicate: self.duplicate.clone(),
                 copies: self.copies,

@@ -281,6 +281,7 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
         "MATCHED",
         "CUT",
         "SHARE",
+        "REJECTED",
         "EXCESS",
         "LOST",
         "COPIES",
@@ -296,6 +297,7 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
         "LAST",
     ])
     .sparing(&[
+        "REJECTED",
         "EXCESS",
         "LOST",
         "COPIES",
@@ -318,6 +320,7 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
             amount(total.matched_packets, total.matched_bytes),
             amount(total.cut_packets, total.cut_bytes),
             percent(total.cut_packets, total.matched_packets),
+            total.answered_packets.to_string(),
             total.excess_packets.to_string(),
             total.lost_packets.to_string(),
             total.copies.to_string(),

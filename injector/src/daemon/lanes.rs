@@ -86,7 +86,7 @@ pub(super) enum Need {
 pub(super) fn need(rule: &Rule) -> Need {
     if !rule.shaping.is_empty() {
         Need::Must
-    } else if matches!(rule.fault, Fault::Cut | Fault::None) {
+    } else if matches!(rule.fault, Fault::Cut | Fault::Reject(_) | Fault::None) {
         Need::None
     } else {
         Need::Better

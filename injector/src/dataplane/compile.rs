@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 use injector_common::{
     layout::{
         BITMAP_EMPTY, BITMAP_UNPROTECTED, Bitmap, Class, MAX_CANDIDATES, MAX_EXEMPTIONS, NO_PORT,
-        PROTOCOL_CLASSES, RuleEntry, family, fault, hook, identity, kind, role, rule_flag,
+        PROTOCOL_CLASSES, RuleEntry, answer, family, fault, hook, identity, kind, role, rule_flag,
     },
     siphash::rule_key,
 };
@@ -19,7 +19,7 @@ use super::{
     values::{ActiveRule, Exemption, TargetConfig},
 };
 use crate::rules::model::{
-    AddrSet, ConnState, Direction, Fault, FlowIdentity, IpVersion, Protocol, Rule, Selector,
+    AddrSet, Answer, ConnState, Direction, Fault, FlowIdentity, IpVersion, Protocol, Rule, Selector,
 };
 
 /// Why a rule set cannot be had.
@@ -686,6 +686,7 @@ fn set_fault(entry: &mut RuleEntry, fault: &Fault) {
         Fault::DropFirst(n) => (fault::FIRST, *n),
         Fault::DropEvery(n) => (fault::EVERY, *n),
         Fault::DropOnce => (fault::ONCE, 1),
+        Fault::Reject(answer) => (fault::REJECT, u64::from(answer_of(*answer))),
         Fault::DropPattern { bits, once } => {
             entry.pattern_length = u32::try_from(bits.len()).unwrap_or(0);
             for (position, _) in bits.iter().enumerate().filter(|(_, bit)| **bit) {
@@ -701,6 +702,15 @@ fn set_fault(entry: &mut RuleEntry, fault: &Fault) {
             )
         }
     };
+}
+
+const fn answer_of(answer: Answer) -> u32 {
+    match answer {
+        Answer::Rst => answer::RST,
+        Answer::IcmpHost => answer::ICMP_HOST,
+        Answer::IcmpPort => answer::ICMP_PORT,
+        Answer::IcmpAdmin => answer::ICMP_ADMIN,
+    }
 }
 
 fn set_selector(entry: &mut RuleEntry, selector: &Selector) {

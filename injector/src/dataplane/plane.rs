@@ -254,16 +254,19 @@ impl Lease {
     }
 }
 
-const PROGRAMS: [&str; 5] = [
+const PROGRAMS: [&str; 6] = [
     "injector_egress",
     "injector_ingress",
     "injector_carrier",
     "injector_line",
+    "injector_reject",
     "injector_empty",
 ];
 
 /// The line's place among the programs that call each other.
 const LINE_PASS: u32 = 2;
+/// The place of what answers rejected packets.
+const REJECT_PASS: u32 = 3;
 
 fn array(map: Map, name: &'static str) -> Result<MapData, DataPlaneError> {
     match map {
@@ -304,6 +307,7 @@ fn link_passes(ebpf: &mut Ebpf) -> Result<ProgramArray<MapData>, DataPlaneError>
         (hook::EGRESS, program_of(Hook::Egress)),
         (hook::INGRESS, program_of(Hook::Ingress)),
         (LINE_PASS, "injector_line"),
+        (REJECT_PASS, "injector_reject"),
     ] {
         let program: &SchedClassifier = ebpf
             .program(name)
@@ -1085,6 +1089,7 @@ fn add_rule_counters(sum: &mut RuleCounters, value: &RuleCounters) {
     sum.overflow_packets += value.overflow_packets;
     sum.marked_packets += value.marked_packets;
     sum.stalled_packets += value.stalled_packets;
+    sum.answered_packets += value.answered_packets;
     if value.first_ns != 0 && (sum.first_ns == 0 || value.first_ns < sum.first_ns) {
         sum.first_ns = value.first_ns;
     }

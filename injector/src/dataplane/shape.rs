@@ -18,7 +18,7 @@ pub(super) fn needs(rule: &Rule) -> u32 {
     if !rule.shaping.is_empty() {
         bits |= needs::LANE;
     }
-    let by_position = !matches!(rule.fault, Fault::Cut | Fault::None);
+    let by_position = !matches!(rule.fault, Fault::Cut | Fault::Reject(_) | Fault::None);
     if rule.shaping.tells_packets_apart() || by_position {
         bits |= needs::WIRE;
     }

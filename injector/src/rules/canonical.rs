@@ -119,6 +119,10 @@ impl From<&Fault> for FaultSpec {
                 drop_once: true,
                 ..nothing
             },
+            Fault::Reject(answer) => FaultSpec {
+                reject: Some(answer.name().to_owned()),
+                ..nothing
+            },
             Fault::None => nothing,
         }
     }

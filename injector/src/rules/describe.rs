@@ -31,6 +31,7 @@ impl Fault {
                 format!("drop by pattern {text} in each flow, {how}")
             }
             Fault::DropOnce => "drop one packet".to_owned(),
+            Fault::Reject(answer) => format!("reject with {}", answer.name()),
             Fault::None => "drop nothing".to_owned(),
         }
     }
@@ -177,11 +178,13 @@ fn shortened(list: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::model::Answer;
 
     #[test]
     fn faults_in_words() {
         for (fault, words) in [
             (Fault::Cut, "cut"),
+            (Fault::Reject(Answer::IcmpHost), "reject with icmp-host"),
             (Fault::DropNth(1), "drop the 1st packet of each flow"),
             (Fault::DropNth(12), "drop the 12th packet of each flow"),
             (Fault::DropFirst(3), "drop the first 3 packets of each flow"),

@@ -227,8 +227,39 @@ pub enum Fault {
     /// One shot: the first packet that matches the rule, in whichever flow and direction, is lost, and
     /// no other.
     DropOnce,
+    /// Every packet is lost, and its sender gets an answer where one may be given.
+    Reject(Answer),
     /// None is lost for its position.
     None,
+}
+
+/// What a rejected packet is answered with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Answer {
+    /// A TCP reset.
+    Rst,
+    /// ICMP host unreachable; ICMPv6 address unreachable.
+    IcmpHost,
+    /// ICMP or ICMPv6 port unreachable.
+    IcmpPort,
+    /// ICMP or ICMPv6 communication administratively prohibited.
+    IcmpAdmin,
+}
+
+impl Answer {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Rst, Self::IcmpHost, Self::IcmpPort, Self::IcmpAdmin];
+
+    /// Its name, as users write it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rst => "rst",
+            Self::IcmpHost => "icmp-host",
+            Self::IcmpPort => "icmp-port",
+            Self::IcmpAdmin => "icmp-admin",
+        }
+    }
 }
 
 /// A link that flaps: up (the fault does not act), then down (it acts), over and over, beginning with

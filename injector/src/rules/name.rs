@@ -58,6 +58,7 @@ pub fn generate_name(rule: &Rule) -> String {
         Fault::DropEvery(_) => "drop-every",
         Fault::DropPattern { .. } => "drop-pattern",
         Fault::DropOnce => "drop-once",
+        Fault::Reject(_) => "reject",
         Fault::None if rule.shaping.delay.is_some() => "delay",
         Fault::None if rule.shaping.rate.is_some() => "rate",
         Fault::None if rule.shaping.stall.is_some() => "stall",

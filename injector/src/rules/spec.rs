@@ -166,7 +166,7 @@ pub struct RuleSpec {
 }
 
 /// What happens to the packets of a rule, as text: at least one of the faults, and at most one of those that go
-/// by position (from `cut` to `drop_once`).
+/// by position or answer (from `cut` to `reject`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FaultSpec {
@@ -191,6 +191,9 @@ pub struct FaultSpec {
     /// The first packet that matches the rule is lost, and no other.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub drop_once: bool,
+    /// Every packet is lost and answered: `rst`, `icmp-host`, `icmp-port`, `icmp-admin`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reject: Option<String>,
     /// Packets are lost by chance: `1%`, `gemodel:p,r[,1-h[,1-k]]`, `state:p13[,p31[,p32[,p23[,p14]]]]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<String>,

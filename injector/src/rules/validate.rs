@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use super::{
     error::{Problem, SpecError},
     model::{
-        AddrSet, ConnState, Direction, Fault, FlowIdentity, IpVersion, MAX_LENGTH,
+        AddrSet, Answer, ConnState, Direction, Fault, FlowIdentity, IpVersion, MAX_LENGTH,
         MAX_LENGTH_RANGES, MAX_MARKS, MAX_PATTERN_BITS, NetnsRef, Protocol, Rule, Selector,
     },
     name,
@@ -26,8 +26,8 @@ const TCP: Protocol = Protocol::Ip(6);
 const ICMP: Protocol = Protocol::Ip(1);
 const ICMPV6: Protocol = Protocol::Ip(58);
 
-const ONE_POSITION: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once";
-const FAULTS: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once; \
+const ONE_POSITION: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once, reject";
+const FAULTS: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once, reject; \
                       and any of loss, duplicate, delay, reorder";
 
 /// Draws a seed. Seeds stay below 2^53, which JSON readers that know only floating point numbers
@@ -59,6 +59,7 @@ impl RuleSpec {
             all_traffic: self.all_traffic,
             unprotected: self.unprotected,
         };
+        check_reject(&rule)?;
         let generated = name::generate_name(&rule);
         if let Some(given) = &self.name {
             name::check_name(given).map_err(|problem| problem.of("name", given))?;
@@ -262,6 +263,10 @@ fn fault(spec: &FaultSpec) -> Result<Fault, SpecError> {
     if spec.drop_once {
         found.push(("drop_once", Fault::DropOnce));
     }
+    if let Some(text) = &spec.reject {
+        let answer = answer(text).map_err(|problem| problem.of("reject", text))?;
+        found.push(("reject", Fault::Reject(answer)));
+    }
     if spec.once && spec.drop_pattern.is_none() {
         return Err(SpecError::field(
             "once",
@@ -282,6 +287,42 @@ fn fault(spec: &FaultSpec) -> Result<Fault, SpecError> {
         None if spec.is_empty() => Err(SpecError::field("fault", "none is given", FAULTS)),
         None => Ok(Fault::None),
     }
+}
+
+fn answer(text: &str) -> Result<Answer, Problem> {
+    Answer::ALL
+        .into_iter()
+        .find(|answer| answer.name() == text)
+        .ok_or_else(|| {
+            let names = Answer::ALL.map(Answer::name);
+            Problem::new("is not an answer", names.join(", "))
+        })
+}
+
+/// What a rule that rejects has to say besides.
+fn check_reject(rule: &Rule) -> Result<(), SpecError> {
+    let Fault::Reject(answer) = rule.fault else {
+        return Ok(());
+    };
+    if !rule.shaping.is_empty() {
+        return Err(SpecError::field(
+            "reject",
+            format!(
+                "every packet is answered, none is left to {}",
+                rule.shaping.describe().join(" or ")
+            ),
+            "give a rule of its own to each",
+        ));
+    }
+    let tcp_only = rule.selector.tcp_flags.is_some() || rule.selector.protocols == [TCP];
+    if answer == Answer::Rst && !tcp_only {
+        return Err(SpecError::field(
+            "reject",
+            "rst answers TCP only, and the rule is not for TCP only",
+            "proto tcp, or one of icmp-host, icmp-port, icmp-admin",
+        ));
+    }
+    Ok(())
 }
 
 fn pattern(text: &str) -> Result<Vec<bool>, Problem> {

@@ -3,7 +3,7 @@
 use std::{net::IpAddr, ops::RangeInclusive, time::Duration};
 
 use injector::rules::model::{
-    AddrSet, ConnState, Direction, Fault, Flap, FlowIdentity, IpVersion, MAX_LENGTH_RANGES,
+    AddrSet, Answer, ConnState, Direction, Fault, Flap, FlowIdentity, IpVersion, MAX_LENGTH_RANGES,
     MAX_MARKS, MAX_PATTERN_BITS, Mark, NetnsRef, Protocol, Rule, Selector, TcpFlags,
 };
 use injector::rules::shaping::Shaping;
@@ -150,7 +150,7 @@ pub(super) fn exemption(rng: &mut ChaCha8Rng, world: &World) -> Exemption {
 }
 
 fn fault(rng: &mut ChaCha8Rng) -> Fault {
-    match rng.random_range(0..20) {
+    match rng.random_range(0..24) {
         0..5 => Fault::Cut,
         5..8 => Fault::DropNth(rng.random_range(1..6)),
         8..11 => Fault::DropFirst(rng.random_range(1..5)),
@@ -171,6 +171,7 @@ fn fault(rng: &mut ChaCha8Rng) -> Fault {
             }
         }
         18 => Fault::DropOnce,
+        19..23 => Fault::Reject(Answer::ALL[rng.random_range(0..Answer::ALL.len())]),
         // Numbers that no flow of a test reaches, or that a narrow type would not hold.
         _ => pick_fault(rng),
     }

@@ -236,6 +236,11 @@ fn frame(rng: &mut ChaCha8Rng, mut network: Network, flow: Flow, hook: Hook, lin
         network,
         padding,
     };
+    let mut bytes = frame.bytes();
+    if link == Link::Ethernet && chance(rng, 8) {
+        // To a group of stations.
+        bytes[0] |= 1;
+    }
     Packet {
         target: flow.target,
         hook,
@@ -243,7 +248,7 @@ fn frame(rng: &mut ChaCha8Rng, mut network: Network, flow: Flow, hook: Hook, lin
         gso_size,
         gso_segs,
         mark: pick(rng, &[0, 0, 0, 1, 0x10, 0x11, 0xff00, 0xdead_beef]),
-        bytes: frame.bytes(),
+        bytes,
     }
 }
 

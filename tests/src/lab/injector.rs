@@ -98,6 +98,8 @@ pub struct RuleCounters {
     pub marked_packets: u64,
     /// Held by a stall.
     pub stalled_packets: u64,
+    /// Answered.
+    pub answered_packets: u64,
     /// When the first packet matched, on the monotonic clock.
     pub first_ns: u64,
     /// When the last one did.

@@ -6,6 +6,7 @@
 //! the next one ([`sweep`]).
 
 pub mod binomial;
+pub mod capture;
 pub mod command;
 pub mod counters;
 pub mod etcd;

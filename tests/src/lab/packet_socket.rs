@@ -51,7 +51,7 @@ pub struct Arrival {
     pub length: usize,
 }
 
-fn last_error(what: &str) -> anyhow::Error {
+pub(super) fn last_error(what: &str) -> anyhow::Error {
     anyhow::Error::from(io::Error::last_os_error()).context(what.to_owned())
 }
 
@@ -59,7 +59,12 @@ fn length_of<T>() -> libc::socklen_t {
     libc::socklen_t::try_from(size_of::<T>()).unwrap_or(0)
 }
 
-fn set_option(socket: RawFd, level: libc::c_int, name: libc::c_int, value: i32) -> Result<()> {
+pub(super) fn set_option(
+    socket: RawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: i32,
+) -> Result<()> {
     // SAFETY: `value` outlives the call and its size is passed.
     let result = unsafe {
         libc::setsockopt(
@@ -76,7 +81,7 @@ fn set_option(socket: RawFd, level: libc::c_int, name: libc::c_int, value: i32) 
     Ok(())
 }
 
-fn open(interface: &str, ethertype: u16) -> Result<OwnedFd> {
+pub(super) fn open(interface: &str, ethertype: u16) -> Result<OwnedFd> {
     let index = if_nametoindex(interface).with_context(|| format!("no interface {interface}"))?;
     let protocol = ethertype.to_be();
     // SAFETY: plain system calls; the descriptor is owned from here on.

@@ -15,6 +15,8 @@ const MINIMISING_RUNS: usize = 600;
 pub struct Outcome {
     /// Lost.
     pub cut: bool,
+    /// Answered.
+    pub answered: bool,
     /// Not understood; `None` where the subject cannot tell packet by packet.
     pub unparsed: Option<bool>,
 }
@@ -75,6 +77,7 @@ impl Subject for Model {
         let decision = Self::decide(self, packet);
         Ok(Outcome {
             cut: decision.cut,
+            answered: decision.answered,
             unparsed: Some(decision.unparsed),
         })
     }
@@ -179,6 +182,8 @@ pub struct Comparison {
     pub left_out: u64,
     /// Packets lost.
     pub cut: u64,
+    /// Packets answered.
+    pub answered: u64,
     /// Packets not understood.
     pub unparsed: u64,
     /// Later fragments without their first.
@@ -198,6 +203,7 @@ impl std::ops::AddAssign for Comparison {
         self.packets += other.packets;
         self.left_out += other.left_out;
         self.cut += other.cut;
+        self.answered += other.answered;
         self.unparsed += other.unparsed;
         self.orphans += other.orphans;
         self.matched += other.matched;
@@ -232,6 +238,7 @@ pub fn compare(
             let decision = model.decide(packet);
             result.packets += 1;
             result.cut += u64::from(decision.cut);
+            result.answered += u64::from(decision.answered);
             result.unparsed += u64::from(decision.unparsed);
             result.orphans += u64::from(decision.orphan);
             let touched = decision.per_rule.iter().flatten();
@@ -244,7 +251,10 @@ pub fn compare(
                     && outcome
                         .unparsed
                         .is_some_and(|unparsed| unparsed != decision.unparsed);
-                if outcome.cut != decision.cut || unparsed_differs {
+                if outcome.cut != decision.cut
+                    || outcome.answered != decision.answered
+                    || unparsed_differs
+                {
                     result.difference = Some(Difference {
                         subject: subject.name(),
                         phase: index,

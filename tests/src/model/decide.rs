@@ -5,7 +5,8 @@ use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 use injector::rules::model::{ConnState, Fault, FlowIdentity, Protocol, Rule};
 
 use super::{
-    FlowKey, Hook, InForce, Link, Packet, Parsed, Setup, Transport, matching, parse, share_draw,
+    FlowKey, Hook, InForce, Link, Packet, Parsed, Setup, Transport, answering, matching, parse,
+    share_draw,
 };
 
 /// The model's clock begins here: far enough from zero for any age of a rule.
@@ -54,6 +55,8 @@ pub struct TargetOutcome {
 pub struct Decision {
     /// Lost.
     pub cut: bool,
+    /// Lost, and its sender is told.
+    pub answered: bool,
     /// Not understood, so passed.
     pub unparsed: bool,
     /// A later fragment without its first.
@@ -175,6 +178,7 @@ impl Model {
         let loopback = target.is_some_and(|target| target.loopback);
         let mut decision = Decision {
             cut: false,
+            answered: false,
             unparsed: false,
             orphan: false,
             per_rule: vec![[RuleOutcome::default(); 2]; self.setup.rules.len()],
@@ -218,15 +222,28 @@ impl Model {
             .any(|entry| matching::exempt(entry, hook, &parsed));
 
         let setup = Arc::clone(&self.setup);
+        let mut answers = Vec::new();
+        let mut silent = false;
         for (index, entry) in setup.rules.iter().enumerate() {
             if protected && !entry.rule.unprotected {
                 continue;
             }
             let outcome = self.apply(entry, packet, hook, &parsed, &flow);
-            decision.cut |= outcome.cut > 0;
+            if outcome.cut > 0 {
+                decision.cut = true;
+                match entry.rule.fault {
+                    Fault::Reject(answer) => answers.push(answer),
+                    _ => silent = true,
+                }
+            }
             decision.per_rule[index][hook.index()] += outcome;
             self.rule_totals.entry(entry.activation).or_default()[hook.index()] += outcome;
         }
+        // Choice: of several answers one is given, and none if another rule is silent.
+        decision.answered = !silent
+            && answers
+                .into_iter()
+                .any(|answer| answering::may_answer(answer, packet, link, &parsed));
     }
 
     /// What one rule does with one packet.
@@ -415,7 +432,7 @@ fn is_up(rule: &Rule, age: u64) -> bool {
 /// Whether a fault hits the packet at a position, from 1.
 fn hits(fault: &Fault, position: u64) -> bool {
     match fault {
-        Fault::Cut => true,
+        Fault::Cut | Fault::Reject(_) => true,
         Fault::DropNth(n) => position == *n,
         Fault::DropFirst(n) => position <= *n,
         Fault::DropEvery(n) => position.is_multiple_of(*n),

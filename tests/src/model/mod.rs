@@ -8,6 +8,7 @@
 //! Where the documented semantics leave a choice, the place that makes it says so with the word
 //! "Choice".
 
+mod answering;
 mod compare;
 mod decide;
 mod flow;

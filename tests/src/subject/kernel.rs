@@ -149,7 +149,8 @@ impl Subject for Kernel {
         let dispatcher = &self.loaded()?.dispatcher;
         let verdict = dispatcher.run(packet.hook, Context::of(packet), &packet.bytes)?;
         Ok(Outcome {
-            cut: verdict == Verdict::Cut,
+            cut: verdict != Verdict::Pass,
+            answered: verdict == Verdict::Answered,
             unparsed: None,
         })
     }

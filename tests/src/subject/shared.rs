@@ -414,7 +414,8 @@ impl Subject for Shared {
         let verdict = decide(&mut packet.bytes.as_slice(), meta, &self.memory);
         let unparsed = self.unparsed(packet.target) != before;
         Ok(Outcome {
-            cut: verdict == Verdict::Cut,
+            cut: verdict != Verdict::Pass,
+            answered: matches!(verdict, Verdict::Reject(_)),
             unparsed: Some(unparsed),
         })
     }

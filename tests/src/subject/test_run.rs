@@ -26,6 +26,7 @@ const BPF_PSEUDO_MAP_FD: u8 = 1;
 /// Actions of the programs (`include/uapi/linux/pkt_cls.h`).
 const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_STOLEN: u32 = 4;
+const TC_ACT_REDIRECT: u32 = 7;
 /// What the dispatcher returns if the tail call failed.
 const NOT_CALLED: u32 = 99;
 
@@ -92,6 +93,8 @@ pub enum Verdict {
     Pass,
     /// It is lost.
     Cut,
+    /// It is lost, and was made into its answer.
+    Answered,
 }
 
 /// Why a test run could not be had.
@@ -108,7 +111,9 @@ pub enum TestRunError {
         source: io::Error,
     },
     /// A program returned what none of ours returns.
-    #[error("the program returned {0:#x}, which is neither TC_ACT_UNSPEC nor TC_ACT_STOLEN")]
+    #[error(
+        "the program returned {0:#x}, which is none of TC_ACT_UNSPEC, TC_ACT_STOLEN, TC_ACT_REDIRECT"
+    )]
     Action(u32),
 }
 
@@ -312,6 +317,7 @@ impl Dispatcher {
         match run.result {
             TC_ACT_UNSPEC => Ok(Verdict::Pass),
             TC_ACT_STOLEN => Ok(Verdict::Cut),
+            TC_ACT_REDIRECT => Ok(Verdict::Answered),
             other => Err(TestRunError::Action(other)),
         }
     }

@@ -14,6 +14,7 @@ mod lanes;
 mod machinery;
 mod positions;
 mod redis;
+mod reject;
 mod selectors;
 mod share;
 mod silence;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         host::tests,
         selectors::tests,
         silence::tests,
+        reject::tests,
         share::tests,
         positions::tests,
         isolation::tests,

@@ -4,7 +4,9 @@
 use std::ops::RangeInclusive;
 
 use anyhow::bail;
-use injector::rules::model::{ConnState, Direction, Fault, FlowIdentity, Protocol, Selector};
+use injector::rules::model::{
+    Answer, ConnState, Direction, Fault, FlowIdentity, Protocol, Selector,
+};
 use libtest_mimic::{Failed, Trial};
 use tests::{
     generate::{Limits, scenario},
@@ -84,6 +86,7 @@ impl Subject for Wrong {
         // Only what a kernel program shows: its verdict. What it counts is compared at the end.
         Ok(Outcome {
             cut: decision.cut,
+            answered: decision.answered,
             unparsed: None,
         })
     }
@@ -445,6 +448,29 @@ const MISTAKES: &[Named] = &[
         })
     }),
     ("a_change_forgets_everything", || Mistake::ForgetsOnChange),
+    ("a_reject_is_silent", || {
+        Mistake::Rule(|entry| {
+            if matches!(entry.rule.fault, Fault::Reject(_)) {
+                entry.rule.fault = Fault::Cut;
+            }
+        })
+    }),
+    ("every_packet_is_reset", || {
+        Mistake::Rule(|entry| {
+            if entry.rule.fault == Fault::Reject(Answer::Rst) {
+                entry.rule.fault = Fault::Reject(Answer::IcmpPort);
+            }
+        })
+    }),
+    ("frames_to_groups_are_answered", || {
+        Mistake::Packet(|packet, link| {
+            if link == Link::Ethernet
+                && let Some(first) = packet.bytes.first_mut()
+            {
+                *first &= !1;
+            }
+        })
+    }),
     ("the_lease_is_ignored", || Mistake::IgnoresLease),
 ];
 
