@@ -2,7 +2,7 @@
 //!
 //! [`layout`] is the contract: the tables' keys and values. [`packet`] reads headers, [`segments`] turns
 //! a super-packet into wire packets, [`fate`] and [`shape`] hold the arithmetic of faults, [`line`] decides what
-//! happens to a wire packet in a lane, and [`decide`] is the whole
+//! happens to a wire packet in a lane, [`holders`] tells afterwards which rules hold it, and [`decide`] is the whole
 //! decision about one packet, over tables that are BPF maps in the kernel and ordinary memory in tests.
 //!
 //! Everything here is `no_std`, and is compiled for the BPF target as well as for the host: no floating
@@ -21,6 +21,7 @@
 
 pub mod decide;
 pub mod fate;
+pub mod holders;
 pub mod layout;
 pub mod line;
 pub mod packet;

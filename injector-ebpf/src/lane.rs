@@ -9,7 +9,11 @@
 //!
 //! A clone has no socket, so that a packet that is held does not count against what its sender may have under
 //! way. From the hook to the line everything is one call chain on one CPU; from fq on a packet is known by the
-//! mark in its `tc_index` ([`lane_mark`]), which clones, redirects, segmentation and fq leave alone.
+//! mark in its `tc_index` ([`lane_mark`]), which clones, redirects, segmentation and fq leave alone. Which rules hold
+//! it ([`holders`]) is in the last eight of the 20 bytes of `cb` that a TC program may write: of these the qdisc has
+//! the first twelve at most (`struct fq_skb_cb`, net/sched/sch_fq.c: eight in 6.1, nine from 6.7 on), copies of the skb
+//! take them along (`__copy_skb_header`, net/core/skbuff.c), and on the way through the VLAN device nobody else
+//! touches them (`vlan_dev_hard_start_xmit`, net/8021q/vlan_dev.c, 6.1).
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -20,6 +24,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use injector_common::{
+    holders,
     layout::{hook, lane_mark, lane_vlan, needs},
     line::{Entry, LineOutcome, SENT, line as decide_line},
 };
@@ -172,6 +177,13 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
         if tag == u32::from(lane_vlan::SEGMENTER) {
             return bpf_redirect((*target).line, 0) as i32;
         }
+        let held_by = u64::from((*skb).cb[3]) | u64::from((*skb).cb[4]) << 32;
+        if let Some(flushed) = holders::flushing(&tables::Kernel, held_by) {
+            let segments = (*skb).gso_segs;
+            let packets = if segments > 1 { segments } else { 1 };
+            holders::count(&tables::Kernel, flushed, direction, u64::from(packets));
+            return TC_ACT_STOLEN;
+        }
         // A redirect to egress takes the departure time off, one to ingress does not (`____dev_forward_skb`,
         // include/linux/netdevice.h, 6.1): a socket would take it for the time of arrival.
         (*skb).tstamp = 0;
@@ -196,7 +208,7 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
     unsafe {
         if (*copy).valid != 0 {
             (*copy).valid = 0;
-            send(ctx, (*copy).leaves_ns, (*copy).hash);
+            send(ctx, (*copy).leaves_ns, (*copy).hash, (*copy).holders);
             return TC_ACT_UNSPEC;
         }
         let mark = (*skb).tc_index as u16;
@@ -204,6 +216,7 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
             tables::count_lost(lost::STRAY);
             return TC_ACT_STOLEN;
         }
+        note_holders(skb, 0);
         let (slot, direction) = lane_mark::read(mark);
         let meta = skb::marked(ctx, slot, direction);
         let outcome = decide_line(&mut skb::SkbPacket::new(ctx), meta, *entry, &tables::Kernel);
@@ -235,53 +248,73 @@ fn emit(ctx: &TcContext) -> i32 {
             bpf_skb_ecn_set_ce(ctx.skb.skb);
         }
         let flow = (*work).key.tag();
-        let flow = (flow ^ flow >> 32) as u32;
-        let mut leaves = [0; SENT];
-        if copies != 0 {
-            leaves = (*work).line.leaves_ns;
-        } else {
-            leaves[0] = (*work).line.leaves_ns[0];
-        }
+        let flow =
+            (flow ^ flow >> 32) as u32 ^ ((*work).line.turn as u32).wrapping_mul(0x9e37_79b9);
+        let (leaves_ns, held_by) = ((*work).line.leaves_ns[0], (*work).line.holders[0]);
         let alone = |leaves_ns: u64, number: u32| {
             let mixed = (leaves_ns ^ u64::from(flow)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             (mixed >> 32) as u32 ^ number
         };
-        for number in 1..SENT {
-            if number as u32 > copies {
-                break;
+        let depth = (*copy).depth;
+        if copies != 0
+            && let Some(emission) = tables::emission(depth)
+        {
+            (*emission).leaves_ns = (*work).line.leaves_ns;
+            (*emission).holders = (*work).line.holders;
+            (*copy).depth = depth + 1;
+            for number in 1..SENT {
+                if number as u32 > copies {
+                    break;
+                }
+                let leaves = (*emission).leaves_ns[number];
+                if leaves == 0 {
+                    continue;
+                }
+                let together = free == 0 && leaves == leaves_ns;
+                (*copy).leaves_ns = leaves;
+                (*copy).holders = (*emission).holders[number];
+                (*copy).hash = if together {
+                    flow
+                } else {
+                    alone(leaves, number as u32)
+                };
+                (*copy).valid = 1;
+                let device = (*ctx.skb.skb).ifindex;
+                if bpf_clone_redirect(ctx.skb.skb, device, 0) < 0 {
+                    tables::count_lost(lost::COPY);
+                }
+                (*copy).valid = 0;
             }
-            if leaves[number] == 0 {
-                continue;
-            }
-            let together = free == 0 && leaves[number] == leaves[0];
-            (*copy).leaves_ns = leaves[number];
-            (*copy).hash = if together {
-                flow
-            } else {
-                alone(leaves[number], number as u32)
-            };
-            (*copy).valid = 1;
-            let device = (*ctx.skb.skb).ifindex;
-            if bpf_clone_redirect(ctx.skb.skb, device, 0) < 0 {
-                tables::count_lost(lost::COPY);
-            }
-            (*copy).valid = 0;
+            (*copy).depth = depth;
+        } else if copies != 0 {
+            tables::count_lost(lost::COPY);
         }
-        if leaves[0] == 0 {
+        if leaves_ns == 0 {
             return TC_ACT_STOLEN;
         }
-        let hash = if free == 0 { flow } else { alone(leaves[0], 0) };
-        send(ctx, leaves[0], hash);
+        let hash = if free == 0 { flow } else { alone(leaves_ns, 0) };
+        send(ctx, leaves_ns, hash, held_by);
     }
     TC_ACT_UNSPEC
 }
 
-/// Stamps the packet for fq: when it leaves, and which packets it stays in order with.
+/// Stamps the packet: for fq when it leaves and which packets it stays in order with, for the exit who holds it.
 #[inline(always)]
-unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32) {
+unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, held_by: u64) {
     // SAFETY: the context is the program's own; a TC program may write `tstamp`.
     unsafe {
         bpf_set_hash(ctx.as_ptr().cast(), hash);
         (*ctx.skb.skb).tstamp = leaves_ns;
+        note_holders(ctx.skb.skb, held_by);
+    }
+}
+
+/// Writes down which rules hold the packet.
+#[inline(always)]
+unsafe fn note_holders(skb: *mut __sk_buff, held_by: u64) {
+    // SAFETY: the caller's skb; a TC program may write `cb`.
+    unsafe {
+        (*skb).cb[3] = held_by as u32;
+        (*skb).cb[4] = (held_by >> 32) as u32;
     }
 }
