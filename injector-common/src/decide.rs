@@ -13,9 +13,10 @@
 use crate::{
     answers,
     fate::{self, Phase},
+    holders,
     layout::{
         BITMAP_EMPTY, BITMAP_UNPROTECTED, BITMAP_WORDS, Bitmap, Class, Config, Connection,
-        Distribution, EXEMPT_WORDS, FlowEntry, FlowKey, FragmentKey, Held, MAX_CANDIDATES,
+        Distribution, EXEMPT_WORDS, FlowEntry, FlowKey, Flushed, FragmentKey, Held, MAX_CANDIDATES,
         MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS, NO_PORT, PORT_CLASSES, PROTOCOL_CLASSES, Prefix,
         RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper, answer,
         family, fault, hook, identity, kind, needs, role, rule_flag, state_site, upper_has,
@@ -115,6 +116,9 @@ pub trait Tables {
     fn remember(&self, key: &StateKey, now_ns: u64) -> Option<(*mut State, bool)>;
     /// What is held of a flow.
     fn held(&self, flow: &FlowKey) -> Option<*mut Held>;
+    /// Where flushed packets of a rule are counted, while it is being flushed; by its name of
+    /// [`crate::holders`].
+    fn flushed(&self, name: u16) -> Option<*mut Flushed>;
     /// What is held of a flow, made if it is not there; `None` if there is no room.
     fn hold(&self, flow: &FlowKey) -> Option<*mut Held>;
     /// Stores `new` at a word of a table if it holds `old`; what it held.
@@ -503,11 +507,14 @@ fn decide_flow<T: Tables>(
 }
 
 /// Whether earlier packets of the flow are still in the lane, and in order: then this one goes there too, lest
-/// it overtakes them.
+/// it overtakes them. Those that are being flushed cannot be overtaken.
 #[inline(always)]
 fn is_held<T: Tables>(tables: &T, work: &mut Work) -> bool {
     match tables.held(&work.key) {
-        Some(held) => read_once!(held, until_ns) > tables.now_ns(),
+        Some(held) => {
+            read_once!(held, until_ns) > tables.now_ns()
+                && holders::flushing(tables, read_once!(held, holders)).is_none()
+        }
         None => false,
     }
 }

@@ -74,6 +74,8 @@ pub struct Config {
     pub epoch: u64,
     /// `CLOCK_MONOTONIC` in nanoseconds until which rules act. The daemon moves it on while it lives.
     pub lease_until_ns: u64,
+    /// Rules whose held packets are being flushed; 0 for none, and then their table is not looked at.
+    pub flushing: u64,
 }
 
 /// An interface to which the programs are attached. Slot 0 is for test runs, which have no filter.
@@ -416,7 +418,26 @@ pub struct State {
 pub struct Held {
     /// When the last packet whose order is kept leaves, `CLOCK_MONOTONIC` in nanoseconds.
     pub until_ns: u64,
+    /// [`crate::holders`] that all packets held until then have in common.
+    pub holders: u64,
+    /// When the last one leaves that was flushed: until then fq has a queue of it that later ones keep out of.
+    pub flushed_until_ns: u64,
+    /// How often that happened: part of what the flow's packets are queued by.
+    pub turn: u64,
 }
+
+/// Packets that were dropped because a rule is being flushed; the key is its name of [`crate::holders`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Flushed {
+    /// Those that would have left, wire packets.
+    pub egress_packets: u64,
+    /// Those that would have arrived.
+    pub ingress_packets: u64,
+}
+
+/// Rules that can be flushed at once.
+pub const MAX_FLUSHES: u32 = 4096;
 
 /// A tracked connection; key is a [`FlowKey`] with `site` twice the target's slot.
 #[repr(C)]
@@ -814,7 +835,7 @@ pub struct TargetCounters {
 
 const _: () = {
     assert!(MAX_SLOTS.is_multiple_of(64) && MAX_EXEMPTIONS.is_multiple_of(64));
-    assert!(size_of::<Config>() == 16);
+    assert!(size_of::<Config>() == 24);
     assert!(size_of::<Target>() == 48);
     assert!(size_of::<Bitmap>() == 144);
     assert!(size_of::<Class>() == 16);
@@ -824,8 +845,9 @@ const _: () = {
     assert!(size_of::<FlowEntry>() == 40 + 2 * MAX_CANDIDATES);
     assert!(size_of::<StateKey>() == 48);
     assert!(size_of::<State>() == 24);
-    assert!(size_of::<Held>() == 8);
     assert!(size_of::<LaneLoad>() == 32);
+    assert!(size_of::<Held>() == 32);
+    assert!(size_of::<Flushed>() == 16);
     assert!(size_of::<Shape>() == 168);
     assert!(size_of::<Distribution>() == 4 * (DISTRIBUTION_STEPS + 2));
     assert!(size_of::<Connection>() == 16);
@@ -839,9 +861,9 @@ const _: () = {
 #[cfg(feature = "user")]
 mod pod {
     use super::{
-        Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, FragmentKey, Held,
-        LaneLoad, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters,
-        Upper,
+        Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, Flushed, FragmentKey,
+        Held, LaneLoad, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target,
+        TargetCounters, Upper,
     };
 
     macro_rules! pod {
@@ -859,6 +881,7 @@ mod pod {
         Distribution,
         FlowEntry,
         FlowKey,
+        Flushed,
         FragmentKey,
         Held,
         LaneLoad,

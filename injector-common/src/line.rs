@@ -14,7 +14,7 @@ use crate::{
         Step, Tables, Work, acts, candidates, count_matched, every, follow_fragment, identify,
         matched, ordinal, read_once,
     },
-    fate,
+    fate, holders,
     layout::{
         DISTRIBUTION_NORMAL, DISTRIBUTION_NORMAL_CDF, FlowKey, MAX_CANDIDATES, MAX_COPIES,
         MAX_SLOTS, RuleCounters, RuleEntry, Shape, StateKey, fault, hook, identity, rate_share,
@@ -74,6 +74,12 @@ pub struct Line {
     pub begin_ns: u64,
     /// Delay of the copy at hand.
     pub delay_ns: u64,
+    /// [`holders`] of the copy at hand.
+    pub holding: u64,
+    /// [`Held::turn`](crate::layout::Held::turn) of its flow.
+    pub turn: u64,
+    /// By copy, the original first: its [`holders`].
+    pub holders: [u64; SENT],
     /// By copy, the original first: delay after the original's.
     pub after_ns: [u64; SENT],
     /// By copy, the original first: when it leaves, `CLOCK_MONOTONIC` in nanoseconds; 0 if it was lost.
@@ -162,6 +168,8 @@ pub fn line<P: Packet, T: Tables>(
     let latest = work.now_ns.saturating_add(PACED_MOST_NS);
     line.begin_ns = entry.departure_ns.min(latest).max(work.now_ns);
     line.after_ns[0] = 0;
+    line.holders[0] = 0;
+    line.turn = 0;
     if work.missing == 0 && work.found.count != 0 {
         tables.repeat::<Strike>(work.found.count, work);
         if work.line.lost == 0 {
@@ -192,6 +200,7 @@ pub fn line<P: Packet, T: Tables>(
             // Copies without a delay of their own travel with the original.
             if work.line.after_ns[copy] == 0 && work.line.leaves_ns[copy] != 0 {
                 work.line.leaves_ns[copy] = work.line.leaves_ns[0];
+                work.line.holders[copy] = work.line.holders[0];
             }
         }
     }
@@ -212,9 +221,30 @@ fn keep_order<T: Tables>(tables: &T, work: &mut Work) {
     };
     // SAFETY: valid by `Tables`.
     let place = unsafe { &raw mut (*held).until_ns };
-    // A later packet of the same flow on another CPU may come between; three times in a row it does not.
+    let mut holders = work.line.holders[0];
+    // A later packet of the same flow on another CPU may come between; three times in a row it does not. What is
+    // stored beside the time is then another packet's: a flush may leave the flow waiting, or let it overtake.
     for _ in 0..3 {
         let until = read_once!(held, until_ns);
+        let all = read_once!(held, holders);
+        let waiting = until > work.now_ns;
+        if waiting && holders::flushing(tables, all).is_some() {
+            // All that is held of the flow will be dropped. fq lets a flow wait for its first packet as a whole, so
+            // this one is queued apart.
+            let last = until.max(read_once!(held, flushed_until_ns));
+            // SAFETY: as above.
+            unsafe {
+                if tables.exchange(place, until, leaves) == until {
+                    core::ptr::write_volatile(&raw mut (*held).flushed_until_ns, last);
+                    tables.increment(&raw mut (*held).turn, 1);
+                    break;
+                }
+            }
+            continue;
+        }
+        if waiting {
+            holders = holders::common(all, holders);
+        }
         if until >= leaves {
             leaves = until;
             break;
@@ -224,6 +254,9 @@ fn keep_order<T: Tables>(tables: &T, work: &mut Work) {
             break;
         }
     }
+    // SAFETY: as above.
+    unsafe { core::ptr::write_volatile(&raw mut (*held).holders, holders) };
+    work.line.turn = read_once!(held, turn);
     work.line.leaves_ns[0] = leaves;
 }
 
@@ -334,7 +367,7 @@ fn strike<T: Tables>(
         && shape::upper(shape::draw(rule, stream, n, purpose::CHANCE)) < shape.duplicate
     {
         counters.duplicated_packets += packets;
-        add_copies(work, shape, counters);
+        add_copies(rule, work, shape, counters);
     }
 }
 
@@ -361,13 +394,18 @@ fn once<T: Tables>(tables: &T, rule: &RuleEntry, work: &mut Work, packets: u64) 
 }
 
 #[inline(always)]
-fn add_copies(work: &mut Work, shape: &Shape, counters: &mut RuleCounters) {
+fn add_copies(rule: &RuleEntry, work: &mut Work, shape: &Shape, counters: &mut RuleCounters) {
     for number in 0..MAX_COPIES {
         let at = work.line.copies as usize + 1;
         if number >= shape.copies || at >= SENT {
             break;
         }
         work.line.after_ns[at] = shape.copy_delay_ns;
+        work.line.holders[at] = if shape.copy_delay_ns != 0 {
+            u64::from(holders::name(rule.activation))
+        } else {
+            0
+        };
         work.line.copies = at as u32;
         counters.copies += 1;
     }
@@ -432,6 +470,7 @@ impl Step for Copy {
         }
         work.line.copy = u64::from(index);
         work.line.delay_ns = work.line.after_ns[at];
+        work.line.holding = work.line.holders[at];
         work.line.at_ns = work.line.begin_ns;
         let stages = work.line.stages;
         if stages & stage::RATE != 0 {
@@ -452,6 +491,7 @@ impl Step for Copy {
             return false;
         }
         work.line.leaves_ns[at] = work.line.at_ns;
+        work.line.holders[at] = work.line.holding;
         true
     }
 }
@@ -490,6 +530,12 @@ fn acting<'a, T: Tables>(
         shape,
         counters,
     })
+}
+
+/// Notes that a rule holds the copy at hand.
+#[inline(always)]
+fn hold(rule: &RuleEntry, work: &mut Work) {
+    work.line.holding = holders::with(work.line.holding, holders::name(rule.activation));
 }
 
 /// The line of one rule a round.
@@ -564,6 +610,7 @@ fn queue<T: Tables>(tables: &T, acting: Acting<'_>, work: &mut Work) {
                 work.line.mark = 1;
             }
             work.line.at_ns = ends;
+            hold(rule, work);
             return;
         }
     }
@@ -583,6 +630,7 @@ impl Step for Stall {
             if until != 0 {
                 acting.counters.stalled_packets += u64::from(work.segments.count);
                 work.line.at_ns = until;
+                hold(acting.rule, work);
             }
         }
         true
@@ -623,6 +671,9 @@ fn delay<T: Tables>(
             drawn(tables, rule, shape, work, at)
         };
         work.line.delay_ns += delay_ns;
+        if delay_ns != 0 {
+            hold(rule, work);
+        }
         if shape.free_order != 0 {
             work.line.free = 1;
         }
@@ -636,6 +687,7 @@ fn delay<T: Tables>(
         && shape::lower(shape::draw(rule, stream, n, purpose::CHANCE)) < shape.reorder
     {
         work.line.delay_ns += shape.hold_ns;
+        hold(rule, work);
         work.line.free = 1;
         counters.reordered_packets += packets;
     }

@@ -9,7 +9,11 @@
 //!
 //! A clone has no socket, so that a packet that is held does not count against what its sender may have under
 //! way. From the hook to the line everything is one call chain on one CPU; from fq on a packet is known by the
-//! mark in its `tc_index` ([`lane_mark`]), which clones, redirects, segmentation and fq leave alone.
+//! mark in its `tc_index` ([`lane_mark`]), which clones, redirects, segmentation and fq leave alone. Which rules hold
+//! it ([`holders`]) is in the last eight of the 20 bytes of `cb` that a TC program may write: of these the qdisc has
+//! the first twelve at most (`struct fq_skb_cb`, net/sched/sch_fq.c: eight in 6.1, nine from 6.7 on), copies of the skb
+//! take them along (`__copy_skb_header`, net/core/skbuff.c), and on the way through the VLAN device nobody else
+//! touches them (`vlan_dev_hard_start_xmit`, net/8021q/vlan_dev.c, 6.1).
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_STOLEN, TC_ACT_UNSPEC},
@@ -21,6 +25,7 @@ use aya_ebpf::{
 };
 use injector_common::{
     decide::Tables as _,
+    holders,
     layout::{
         PRIORITY_CLASS, PRIORITY_CONTROL, PRIORITY_HELD, hook, lane_load, lane_mark, lane_vlan,
         needs,
@@ -39,6 +44,9 @@ const DELIVERY_MONO: u8 = 1;
 
 /// Multiplier that spreads a number over the upper bits of the product: 2^64 over the golden ratio.
 const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Multiplier that tells the turns of a flow apart: of `fmix64` (A. Appleby, `MurmurHash3`).
+const TURN: u64 = 0xff51_afd7_ed55_8ccd;
 
 /// Where a hash keeps a packet's `tc_index`.
 const INDEX_MASK: u32 = 0xffff;
@@ -202,6 +210,13 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
         if from_segmenter {
             return bpf_redirect((*target).line, 0) as i32;
         }
+        let held_by = u64::from((*skb).cb[3]) | u64::from((*skb).cb[4]) << 32;
+        if let Some(flushed) = holders::flushing(&tables::Kernel, held_by) {
+            let segments = (*skb).gso_segs;
+            let packets = if segments > 1 { segments } else { 1 };
+            holders::count(&tables::Kernel, flushed, direction, u64::from(packets));
+            return TC_ACT_STOLEN;
+        }
         // The line's queue says nothing of the target's: that goes by the flow (`skb_tx_hash`, net/core/dev.c).
         (*skb).queue_mapping = 0;
         if mark & lane_mark::CONTROL != 0 {
@@ -231,13 +246,20 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
     unsafe {
         if (*copy).valid != 0 {
             (*copy).valid = 0;
-            return send(ctx, (*copy).leaves_ns, (*copy).hash, (*copy).index);
+            return send(
+                ctx,
+                (*copy).leaves_ns,
+                (*copy).hash,
+                (*copy).index,
+                (*copy).holders,
+            );
         }
         let mark = (*skb).tc_index as u16;
         if mark & lane_mark::SET == 0 {
             tables::count_lost(lost::STRAY);
             return TC_ACT_STOLEN;
         }
+        note_holders(skb, 0);
         let (slot, direction) = lane_mark::read(mark);
         let meta = skb::marked(ctx, slot, direction);
         let outcome = decide_line(&mut skb::SkbPacket::new(ctx), meta, *entry, &tables::Kernel);
@@ -247,7 +269,7 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
                 tables::tail_call(ctx, tables::LINE);
                 TC_ACT_UNSPEC
             }
-            LineOutcome::Undecided => send(ctx, 0, (*skb).hash, 0),
+            LineOutcome::Undecided => send(ctx, 0, (*skb).hash, 0, 0),
             LineOutcome::Sent => emit(ctx, (*entry).index as u32 & INDEX_MASK),
         }
     }
@@ -270,7 +292,8 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
         }
         // The upper bits choose the queue (`reciprocal_scale` in `skb_tx_hash`, net/core/dev.c), so they depend
         // on all of the flow.
-        let flow = ((*work).key.tag().wrapping_mul(MIX) >> 32) as u32;
+        let flow = (*work).key.tag() ^ (*work).line.turn.wrapping_mul(TURN);
+        let flow = (flow.wrapping_mul(MIX) >> 32) as u32;
         // With an own `tc_index`, a flow has only half of the hash to itself. Packets that may be overtaken need
         // all of it: they would wait for each other.
         let (flow, index) = if index != 0 && free == 0 {
@@ -278,49 +301,56 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
         } else {
             (flow, 0)
         };
-        let mut leaves = [0; SENT];
-        if copies != 0 {
-            leaves = (*work).line.leaves_ns;
-        } else {
-            leaves[0] = (*work).line.leaves_ns[0];
-        }
+        let (leaves_ns, held_by) = ((*work).line.leaves_ns[0], (*work).line.holders[0]);
         let alone = |leaves_ns: u64, number: u32| {
             let mixed = (leaves_ns ^ u64::from(flow)).wrapping_mul(MIX);
             (mixed >> 32) as u32 ^ number
         };
-        for number in 1..SENT {
-            if number as u32 > copies {
-                break;
+        let depth = (*copy).depth;
+        if copies != 0
+            && let Some(emission) = tables::emission(depth)
+        {
+            (*emission).leaves_ns = (*work).line.leaves_ns;
+            (*emission).holders = (*work).line.holders;
+            (*copy).depth = depth + 1;
+            for number in 1..SENT {
+                if number as u32 > copies {
+                    break;
+                }
+                let leaves = (*emission).leaves_ns[number];
+                if leaves == 0 {
+                    continue;
+                }
+                (*copy).leaves_ns = leaves;
+                (*copy).holders = (*emission).holders[number];
+                ((*copy).hash, (*copy).index) = if free == 0 && leaves == leaves_ns {
+                    (flow, index)
+                } else {
+                    (alone(leaves, number as u32), 0)
+                };
+                (*copy).valid = 1;
+                let device = (*ctx.skb.skb).ifindex;
+                if bpf_clone_redirect(ctx.skb.skb, device, 0) < 0 {
+                    tables::count_lost(lost::COPY);
+                }
+                (*copy).valid = 0;
             }
-            if leaves[number] == 0 {
-                continue;
-            }
-            let together = free == 0 && leaves[number] == leaves[0];
-            (*copy).leaves_ns = leaves[number];
-            ((*copy).hash, (*copy).index) = if together {
-                (flow, index)
-            } else {
-                (alone(leaves[number], number as u32), 0)
-            };
-            (*copy).valid = 1;
-            let device = (*ctx.skb.skb).ifindex;
-            if bpf_clone_redirect(ctx.skb.skb, device, 0) < 0 {
-                tables::count_lost(lost::COPY);
-            }
-            (*copy).valid = 0;
+            (*copy).depth = depth;
+        } else if copies != 0 {
+            tables::count_lost(lost::COPY);
         }
-        if leaves[0] == 0 {
+        if leaves_ns == 0 {
             return TC_ACT_STOLEN;
         }
-        let hash = if free == 0 { flow } else { alone(leaves[0], 0) };
-        send(ctx, leaves[0], hash, index)
+        let hash = if free == 0 { flow } else { alone(leaves_ns, 0) };
+        send(ctx, leaves_ns, hash, index, held_by)
     }
 }
 
-/// Sends the packet on to fq if the lane has room for it: when it leaves, which packets it stays in order with, and
-/// whether its `tc_index` is in that hash.
+/// Sends the packet on to fq if the lane has room for it: when it leaves, which packets it stays in order with,
+/// whether its `tc_index` is in that hash, and, for the exit, who holds it.
 #[inline(always)]
-unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, index: u32) -> i32 {
+unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, index: u32, held_by: u64) -> i32 {
     let skb = ctx.skb.skb;
     // SAFETY: the context is the program's own; a TC program may write these fields.
     unsafe {
@@ -331,6 +361,7 @@ unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, index: u32) -> i32 {
         // What a receive queue was recorded as would choose the queue instead of the hash (`skb_tx_hash`).
         (*skb).queue_mapping = 0;
         (*skb).tstamp = leaves_ns;
+        note_holders(skb, held_by);
         let mut mark = (*skb).tc_index;
         if index != 0 {
             mark |= u32::from(lane_mark::INDEX);
@@ -343,6 +374,16 @@ unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, index: u32) -> i32 {
         (*skb).tc_index = mark;
     }
     TC_ACT_UNSPEC
+}
+
+/// Writes down which rules hold the packet.
+#[inline(always)]
+unsafe fn note_holders(skb: *mut __sk_buff, held_by: u64) {
+    // SAFETY: the caller's skb; a TC program may write `cb`.
+    unsafe {
+        (*skb).cb[3] = held_by as u32;
+        (*skb).cb[4] = (held_by >> 32) as u32;
+    }
 }
 
 /// What a packet adds to its lane's load. A tag of its own counts, be it beside the packet or in it.

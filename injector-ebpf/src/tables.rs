@@ -15,10 +15,11 @@ use injector_common::{
     decide::{Advanced, Step, Tables, Work},
     layout::{
         Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey,
-        FragmentKey, Held, LaneLoad, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix,
-        RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper,
+        Flushed, FragmentKey, Held, LaneLoad, MAX_FLUSHES, MAX_SLOTS, PORT_CLASSES,
+        PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target,
+        TargetCounters, Upper,
     },
-    line::Entry,
+    line::{Entry, SENT},
 };
 
 use crate::reject::Answer;
@@ -113,6 +114,10 @@ static HELD: HashMap<FlowKey, Held> = HashMap::with_max_entries(65_536, BPF_F_NO
 /// `held` right where it finds a lane idle. Load time.
 #[map]
 static LANES: Array<LaneLoad> = Array::with_max_entries(256, BPF_F_MMAPABLE);
+/// Rules whose held packets are being flushed, by their name of [`injector_common::holders`]. Entries are made and
+/// deleted by user space, counted in by the program.
+#[map]
+static FLUSHES: HashMap<u32, Flushed> = HashMap::with_max_entries(MAX_FLUSHES, BPF_F_NO_PREALLOC);
 
 /// What a packet brings into the lane: the hook's program writes it, and the line's, which the same packet runs
 /// into before the former's helper returns, reads it.
@@ -133,14 +138,37 @@ static LANE_LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(lost::COUNT, 
 pub(crate) struct Sending {
     /// When it leaves.
     pub(crate) leaves_ns: u64,
+    /// [`injector_common::holders`] of it.
+    pub(crate) holders: u64,
     /// What it is queued by.
     pub(crate) hash: u32,
     /// Whether that contains its `tc_index`.
     pub(crate) index: u32,
-    /// Zero.
-    pub(crate) reserved: u32,
     /// Whether this is about the packet at hand.
     pub(crate) valid: u32,
+    /// How many runs of the line's program, one within the other, are sending copies.
+    pub(crate) depth: u32,
+}
+
+/// A packet's copies, while they are sent: the per-CPU work may be another packet's meanwhile.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Emission {
+    /// [`injector_common::line::Line::leaves_ns`].
+    pub(crate) leaves_ns: [u64; SENT],
+    /// [`injector_common::line::Line::holders`].
+    pub(crate) holders: [u64; SENT],
+}
+
+/// What a copy sets off may send copies in turn. The kernel allows eight nested transmissions
+/// (`XMIT_RECURSION_LIMIT`, include/linux/netdevice.h, 6.1).
+#[map]
+static EMISSIONS: PerCpuArray<Emission> = PerCpuArray::with_max_entries(8, 0);
+
+/// Room for a packet's copies, by [`Sending::depth`].
+#[inline(always)]
+pub(crate) fn emission(depth: u32) -> Option<*mut Emission> {
+    EMISSIONS.get_ptr_mut(depth)
 }
 
 /// Indices of `LANE_LOST`.
@@ -355,11 +383,16 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn flushed(&self, name: u16) -> Option<*mut Flushed> {
+        FLUSHES.get_ptr_mut(u32::from(name))
+    }
+
+    #[inline(always)]
     fn hold(&self, flow: &FlowKey) -> Option<*mut Held> {
         if let Some(held) = HELD.get_ptr_mut(flow) {
             return Some(held);
         }
-        let _ = HELD.insert(flow, Held { until_ns: 0 }, BPF_NOEXIST);
+        let _ = HELD.insert(flow, UNHELD, BPF_NOEXIST);
         HELD.get_ptr_mut(flow)
     }
 
@@ -450,6 +483,14 @@ impl Tables for Kernel {
         }
     }
 }
+
+/// What is held of a flow of which nothing is.
+const UNHELD: Held = Held {
+    until_ns: 0,
+    holders: 0,
+    flushed_until_ns: 0,
+    turn: 0,
+};
 
 #[inline(always)]
 const fn fresh(n: u64, now_ns: u64) -> State {

@@ -543,6 +543,9 @@ pub struct HealArgs {
     /// Every rule there is.
     #[serde(default)]
     pub all: bool,
+    /// What lanes hold by them is dropped instead of leaving at its time.
+    #[serde(default)]
+    pub flush: bool,
 }
 
 /// Arguments of `protect`. Both empty: only says what is protected.
@@ -979,6 +982,9 @@ pub struct StatsResult {
     /// What lanes lost.
     #[serde(default)]
     pub lane_losses: LaneLosses,
+    /// Healed rules whose held packets are being dropped.
+    #[serde(default)]
+    pub flushes: Vec<FlushStatus>,
     /// How often the lease was found to have lapsed.
     pub lapses: u64,
     /// The lease.
@@ -1003,6 +1009,9 @@ pub struct ShowResult {
 pub struct HealResult {
     /// The rules that were ended, with their last counters.
     pub healed: Vec<RuleStats>,
+    /// Those of them whose held packets are being dropped.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub flushing: Vec<FlushStatus>,
     /// Whether nothing of ours is left on the host.
     pub host_restored: bool,
     /// What could not be undone.
@@ -1012,6 +1021,19 @@ pub struct HealResult {
     pub epoch: u64,
     /// Nanoseconds from reading the request to the kernel acting by it.
     pub effect_ns: u64,
+}
+
+/// A rule that was healed, and whose held packets are being dropped as they come out of their queue.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FlushStatus {
+    /// Its name.
+    pub rule: String,
+    /// Packets dropped so far that would have left.
+    pub egress_packets: u64,
+    /// Packets dropped so far that would have arrived.
+    pub ingress_packets: u64,
+    /// Seconds until nothing of it can be held any more.
+    pub remaining: f64,
 }
 
 /// Result of `protect`.
@@ -1053,6 +1075,8 @@ pub enum EventKind {
     RuleGone,
     /// A rule was ended because the connection that held it closed.
     HoldReleased,
+    /// Nothing is left of what a healed rule held.
+    Flushed,
     /// Our filters were put on an interface.
     TargetAttached,
     /// They were taken off again.

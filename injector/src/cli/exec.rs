@@ -170,7 +170,10 @@ fn code(status: ExitStatus) -> u8 {
 
 fn heal(session: &Session, names: Vec<String>) -> Result<HealResult, Failure> {
     let mut client = Client::connect(&session.endpoint)?;
-    Ok(client.call(Call::Heal(HealArgs { names, all: false }))?)
+    Ok(client.call(Call::Heal(HealArgs {
+        names,
+        ..HealArgs::default()
+    }))?)
 }
 
 /// Notices, while the command runs, that the daemon has gone and the fault with it.

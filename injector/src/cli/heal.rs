@@ -19,6 +19,9 @@ pub(super) struct HealArgs {
     /// End every rule there is
     #[arg(short, long)]
     all: bool,
+    /// Drop the packets that the rules hold, instead of letting them leave at their time
+    #[arg(long)]
+    flush: bool,
 }
 
 impl HealArgs {
@@ -54,10 +57,16 @@ impl HealArgs {
         let call = Call::Heal(Request {
             names: self.names.clone(),
             all: self.all,
+            flush: self.flush,
         });
         let result: HealResult = connected.client.call(call)?;
         session.output.either(&result, || {
-            report::healed(&result.healed, result.host_restored, &result.problems)
+            let mut text = report::healed(&result.healed, result.host_restored, &result.problems);
+            text.push_str(&report::flushes(&result.flushing));
+            if self.flush && result.flushing.is_empty() {
+                text.push_str("none of them held packets\n");
+            }
+            text
         })?;
         Ok(if result.problems.is_empty() {
             Exit::Success

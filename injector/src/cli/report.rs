@@ -5,7 +5,8 @@ use std::fmt::Write;
 use super::output::{self, Tone, bytes, count, percent, toned};
 use crate::{
     protocol::{
-        AddResult, ProtectedEntry, RuleCounters, RuleState, RuleStats, RuleStatus, TargetRef,
+        AddResult, FlushStatus, ProtectedEntry, RuleCounters, RuleState, RuleStats, RuleStatus,
+        TargetRef,
     },
     realised::{Realised, Unit},
     rules::RuleSpec,
@@ -271,6 +272,21 @@ pub(super) fn healed(healed: &[RuleStats], host_restored: bool, problems: &[Stri
     text
 }
 
+/// What is being dropped of what healed rules held, a line each.
+pub(super) fn flushes(flushes: &[FlushStatus]) -> String {
+    let mut text = String::new();
+    for flush in flushes {
+        let _ = writeln!(
+            text,
+            "dropping what rule {} held, for {:.1} s more; {} packets so far",
+            flush.rule,
+            flush.remaining,
+            flush.egress_packets + flush.ingress_packets
+        );
+    }
+    text
+}
+
 /// Prints the warnings of a change to standard error.
 pub(super) fn warnings(warnings: &[String]) {
     for warning in warnings {
@@ -287,6 +303,21 @@ pub(super) fn widen(length: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::{super::output::bare, *};
+
+    #[test]
+    fn what_is_flushed_is_told_by_rule() {
+        let flush = FlushStatus {
+            rule: "slow".into(),
+            egress_packets: 5,
+            ingress_packets: 2,
+            remaining: 1.25,
+        };
+        assert_eq!(
+            flushes(&[flush]),
+            "dropping what rule slow held, for 1.2 s more; 7 packets so far\n"
+        );
+        assert!(flushes(&[]).is_empty());
+    }
 
     fn stats(counters: RuleCounters) -> RuleStats {
         RuleStats {

@@ -252,6 +252,7 @@ fn text(output: Output, stats: &StatsResult, tables: bool) -> String {
     }
     text.push_str(&targets(output, &stats.targets));
     text.push_str(&lanes(stats));
+    text.push_str(&report::flushes(&stats.flushes));
     if tables {
         text.push_str(&table_use(output, &stats.tables));
     }

@@ -561,7 +561,7 @@ impl<P: Plane, H: Host> State<P, H> {
                 let records: Vec<Record> = fresh_rules
                     .into_iter()
                     .zip(slots)
-                    .zip(self.next_activation..)
+                    .zip(self.free_activations())
                     .map(|(((rule, places), slot), activation)| {
                         new_record(rule, places, slot, activation, now_ns, hold)
                     })
@@ -586,8 +586,9 @@ impl<P: Plane, H: Host> State<P, H> {
         self.tell_fresh(&fresh);
         self.protection = protection;
         // Numbers are not reused; so many changes (four thousand million) end no daemon's life.
-        let made = u32::try_from(records.len()).unwrap_or(u32::MAX);
-        self.next_activation = self.next_activation.saturating_add(made);
+        if let Some(last) = records.last() {
+            self.next_activation = last.activation.saturating_add(1);
+        }
         let changed: HashSet<String> = self
             .rules
             .iter()
@@ -897,11 +898,30 @@ impl<P: Plane, H: Host> State<P, H> {
             }
             activations
         };
-        let healed = self.remove(&activations, EventKind::RuleHealed, "healed")?;
+        let flushes = if args.flush {
+            // Begun before, lest packets that come between wait behind some that are dropped later.
+            self.begin_flushes(&activations)?
+        } else {
+            Vec::new()
+        };
+        let healed = match self.remove(&activations, EventKind::RuleHealed, "healed") {
+            Ok(healed) => healed,
+            Err(error) => {
+                self.abandon_flushes(&flushes);
+                return Err(error);
+            }
+        };
+        // The rules have ended, whatever can be told of what they held.
+        let flushing = self.flush_status(&flushes).unwrap_or_else(|error| {
+            self.problem(None, format!("cannot tell what is flushed: {error}"));
+            Vec::new()
+        });
+        self.flushes.extend(flushes);
         let effect_ns = self.effective_ns.saturating_sub(origin.received_ns);
         self.retry_leftovers();
         Ok(HealResult {
             healed,
+            flushing,
             host_restored: self.targets.is_empty() && self.leftovers.is_empty(),
             problems: self.problems(),
             epoch: self.epoch,

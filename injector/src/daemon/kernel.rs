@@ -2,7 +2,7 @@
 
 use std::{os::fd::BorrowedFd, time::Duration};
 
-use injector_common::layout::{MAX_EXEMPTIONS, MAX_RULES};
+use injector_common::layout::{MAX_EXEMPTIONS, MAX_FLUSHES, MAX_RULES};
 
 use super::plane::{
     ActiveRule, Committed, Exemption, LaneBounds, LaneNumber, LaneUse, LeaseSwitch, Limits, Plane,
@@ -171,6 +171,30 @@ impl Plane for KernelPlane {
             copies: losses.copies,
             returns: losses.returns,
         })
+    }
+
+    fn begin_flush(&mut self, activations: &[u32]) -> Result<(), ErrorBody> {
+        match self.plane.begin_flush(activations) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ErrorBody::new(
+                ErrorCode::Limit,
+                format!("{MAX_FLUSHES} rules can be flushed at once; nothing was changed"),
+            )
+            .with_hint("wait until earlier flushes are over (`injector stats`)")),
+            Err(error) => Err(host_error(&error)),
+        }
+    }
+
+    fn end_flush(&mut self, activations: &[u32]) -> Result<(), ErrorBody> {
+        self.plane
+            .end_flush(activations)
+            .map_err(|error| host_error(&error))
+    }
+
+    fn flushed(&self, activation: u32) -> Result<[u64; 2], ErrorBody> {
+        self.plane
+            .flushed(activation)
+            .map_err(|error| host_error(&error))
     }
 
     fn tables(&self) -> Result<Vec<TableUse>, ErrorBody> {

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use injector_common::line::PACED_MOST_NS;
+use injector_common::{layout::MAX_CANDIDATES, line::PACED_MOST_NS};
 
 use super::{
     host::Host,
@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Packets whose time has come leave within so long, even on a busy machine.
-const MARGIN: Duration = Duration::from_millis(50);
+pub(super) const MARGIN: Duration = Duration::from_millis(50);
 
 /// One lane.
 pub(super) struct LaneRecord<L> {
@@ -315,21 +315,37 @@ impl<P: Plane, H: Host> State<P, H> {
             return;
         }
         let now_ns = self.plane.now_ns();
-        for record in &self.rules {
-            if !record.is_active() || !ending.contains(&record.activation) {
-                continue;
-            }
-            let hold = record.rule.shaping.longest_hold();
-            if hold.is_zero() {
-                continue;
-            }
+        let at: BTreeSet<TargetKey> = self
+            .rules
+            .iter()
+            .filter(|record| record.is_active() && ending.contains(&record.activation))
+            .filter(|record| !record.rule.shaping.longest_hold().is_zero())
+            .flat_map(|record| record.places.iter().map(|place| place.key))
+            .collect();
+        for key in at {
+            let hold = self.longest_hold_at(&key);
             let until_ns = now_ns.saturating_add(nanos(hold.saturating_add(MARGIN)));
-            for place in &record.places {
-                if let Some(target) = self.targets.get_mut(&place.key) {
-                    target.held_until_ns = target.held_until_ns.max(until_ns);
-                }
+            if let Some(target) = self.targets.get_mut(&key) {
+                target.held_until_ns = target.held_until_ns.max(until_ns);
             }
         }
+    }
+
+    /// The longest that a packet of a target may be held: of the rules that act there, it may meet those that hold
+    /// longest, and their times add up.
+    pub(super) fn longest_hold_at(&self, key: &TargetKey) -> Duration {
+        let mut holds: Vec<Duration> = self
+            .rules
+            .iter()
+            .filter(|record| record.is_active())
+            .filter(|record| record.places.iter().any(|place| place.key == *key))
+            .map(|record| record.rule.shaping.longest_hold())
+            .collect();
+        holds.sort_unstable_by(|a, b| b.cmp(a));
+        holds
+            .into_iter()
+            .take(MAX_CANDIDATES)
+            .fold(Duration::ZERO, Duration::saturating_add)
     }
 
     /// The namespaces whose lanes are needed: by these rules, or for what is still held.

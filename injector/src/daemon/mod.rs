@@ -12,6 +12,7 @@
 pub mod actor;
 mod change;
 pub mod events;
+mod flush;
 pub mod host;
 pub mod kernel;
 mod lanes;

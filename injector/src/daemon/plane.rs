@@ -60,6 +60,12 @@ pub trait Plane: Send + 'static {
     fn clear_target(&mut self, slot: TargetSlot) -> Result<(), ErrorBody>;
     /// Forgets the state of flows in which nothing has moved for so long. Returns how many.
     fn collect(&mut self, idle: Duration) -> Result<u64, ErrorBody>;
+    /// Begins to drop what rules of these activations hold, all of them or none.
+    fn begin_flush(&mut self, activations: &[u32]) -> Result<(), ErrorBody>;
+    /// Ends that.
+    fn end_flush(&mut self, activations: &[u32]) -> Result<(), ErrorBody>;
+    /// Packets of a rule that is being flushed which were dropped: on egress, on ingress.
+    fn flushed(&self, activation: u32) -> Result<[u64; 2], ErrorBody>;
     /// How full the tables are.
     fn tables(&self) -> Result<Vec<TableUse>, ErrorBody>;
     /// Sets the account of a lane that is about to be made to zero.

@@ -58,6 +58,7 @@ impl<P: Plane, H: Host> State<P, H> {
         self.tell_lapses();
         self.expire();
         self.release_held();
+        self.end_flushes();
         let now_ns = self.plane.now_ns();
         if now_ns >= self.schedule.look_ns {
             let began = Instant::now();
@@ -84,6 +85,7 @@ impl<P: Plane, H: Host> State<P, H> {
         let now_ns = self.plane.now_ns();
         let kept = !self.holders.is_empty()
             || self.next_release_ns().is_some()
+            || self.next_flush_end_ns().is_some()
             || self.rules.iter().any(Record::is_active);
         if kept {
             self.schedule.idle_since_ns = now_ns;
@@ -100,6 +102,7 @@ impl<P: Plane, H: Host> State<P, H> {
             .chain([self.schedule.look_ns, self.schedule.collect_ns])
             .chain(leave_ns)
             .chain(self.next_release_ns())
+            .chain(self.next_flush_end_ns())
             .min()
             .unwrap_or(u64::MAX);
         Tick {

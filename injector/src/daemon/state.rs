@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::{
     events::EventLog,
+    flush::Flush,
     host::Host,
     lanes::LaneRecord,
     lease::LeaseView,
@@ -91,6 +92,8 @@ pub struct State<P: Plane, H: Host> {
     /// When the kernel began to act by it.
     pub(super) effective_ns: u64,
     pub(super) next_activation: u32,
+    /// Rules that were healed, and whose held packets are being dropped.
+    pub(super) flushes: Vec<Flush>,
     /// Connections that hold rules, or did.
     pub(super) holders: BTreeSet<ConnId>,
     pub(super) schedule: super::poll::Schedule,
@@ -123,6 +126,7 @@ impl<P: Plane, H: Host> State<P, H> {
             epoch: 0,
             effective_ns: 0,
             next_activation: 1,
+            flushes: Vec::new(),
             holders: BTreeSet::new(),
             schedule,
             leaving: false,
@@ -324,6 +328,7 @@ impl<P: Plane, H: Host> State<P, H> {
             tables: self.plane.tables()?,
             lanes: self.lane_stats()?,
             lane_losses: self.plane.lane_losses()?,
+            flushes: self.flush_status(&self.flushes)?,
             lapses: self.lease.lapses(),
             lease: self.lease_status(),
         })

@@ -63,6 +63,9 @@ struct World {
     epoch: u64,
     counters: BTreeMap<RuleSlot, RuleCounters>,
     rule_limit: u16,
+    /// Rules that are being flushed, by activation, and what was dropped.
+    flushing: BTreeMap<u32, [u64; 2]>,
+    refuse_flush: bool,
     /// Namespaces with lanes, by inode.
     lanes: BTreeSet<u64>,
     /// What lanes may hold.
@@ -182,6 +185,25 @@ impl Plane for FakePlane {
     }
     fn lane_losses(&self) -> Result<LaneLosses, ErrorBody> {
         Ok(LaneLosses::default())
+    }
+    fn begin_flush(&mut self, activations: &[u32]) -> Result<(), ErrorBody> {
+        let mut world = self.0.world();
+        if world.refuse_flush {
+            return Err(ErrorBody::new(ErrorCode::Limit, "too many at once"));
+        }
+        world
+            .flushing
+            .extend(activations.iter().map(|one| (*one, [0, 0])));
+        Ok(())
+    }
+    fn end_flush(&mut self, activations: &[u32]) -> Result<(), ErrorBody> {
+        for activation in activations {
+            assert!(self.0.world().flushing.remove(activation).is_some());
+        }
+        Ok(())
+    }
+    fn flushed(&self, activation: u32) -> Result<[u64; 2], ErrorBody> {
+        Ok(self.0.world().flushing[&activation])
     }
     fn tables(&self) -> Result<Vec<TableUse>, ErrorBody> {
         Ok(Vec::new())
@@ -766,6 +788,95 @@ fn an_expiry_that_cannot_be_committed_is_tried_again() {
     bench.pass(1);
     assert_eq!(bench.list().rules[0].state, RuleState::Expired);
     assert!(bench.world().attached.is_empty());
+}
+
+#[test]
+fn a_flush_lasts_as_long_as_something_may_be_held() {
+    let mut bench = bench();
+    let mut slow = rule("slow", "eth0");
+    slow["fault"] = json!({"delay": "3s"});
+    // Another rule's time comes on top.
+    let mut other = rule("other", "eth0");
+    other["fault"] = json!({"delay": "1s"});
+    bench.add(&json!([slow, rule("cut", "eth0"), other]));
+    let flush =
+        |bench: &mut Bench| bench.ask("heal", &json!({"names": ["slow", "cut"], "flush": true}));
+    // As long as it is refused nothing changes.
+    bench.world().refuse_flush = true;
+    assert_eq!(flush(&mut bench).unwrap_err().code, ErrorCode::Limit);
+    bench.world().refuse_flush = false;
+    bench.world().refuse_commit = true;
+    flush(&mut bench).unwrap_err();
+    assert!(bench.world().flushing.is_empty());
+    assert_eq!(bench.names(), ["slow", "cut", "other"]);
+    bench.world().refuse_commit = false;
+    let Reply::Heal(healed) = flush(&mut bench).unwrap() else {
+        panic!("heal");
+    };
+    assert_eq!(healed.healed.len(), 2);
+    // What is cut is not held.
+    assert_eq!(healed.flushing.len(), 1);
+    assert_eq!(healed.flushing[0].rule, "slow");
+    assert!((healed.flushing[0].remaining - 4.05).abs() < 1e-6);
+    bench.pass(2);
+    for counts in bench.world().flushing.values_mut() {
+        *counts = [5, 2];
+    }
+    let stats = bench.stats();
+    assert_eq!(
+        (
+            stats.flushes[0].egress_packets,
+            stats.flushes[0].ingress_packets
+        ),
+        (5, 2)
+    );
+    assert!(bench.events(EventKind::Flushed).is_empty());
+    bench.pass(3);
+    let told = bench.events(EventKind::Flushed);
+    assert_eq!(told.len(), 1);
+    assert!(told[0].message.contains("7 packets"), "{}", told[0].message);
+    assert!(bench.world().flushing.is_empty() && bench.stats().flushes.is_empty());
+    bench.heal(&["other"]);
+    bench.pass(2);
+    assert!(bench.world().attached.is_empty());
+}
+
+#[test]
+fn what_an_expired_rule_still_holds_can_be_flushed() {
+    let mut bench = bench();
+    let mut slow = rule("slow", "eth0");
+    slow["fault"] = json!({"delay": "3s"});
+    slow["for"] = json!("5s");
+    bench.add(&json!([slow]));
+    bench.pass(5);
+    bench.pass(1);
+    let Reply::Heal(healed) = bench
+        .ask("heal", &json!({"all": true, "flush": true}))
+        .unwrap()
+    else {
+        panic!("heal");
+    };
+    assert_eq!(healed.flushing.len(), 1);
+    assert!(healed.flushing[0].remaining < 2.1);
+    bench.pass(3);
+    assert_eq!(bench.events(EventKind::Flushed).len(), 1);
+}
+
+#[test]
+fn activations_differ_in_what_packets_know_of_them() {
+    let mut bench = bench();
+    bench.add(&json!([rule("first", "eth0")]));
+    assert_eq!(bench.list().rules[0].activation, 1);
+    // The next one would be 65,536, of which packets see 0; the one after has the number of `first`.
+    bench.state.next_activation = 1 << 16;
+    bench.add(&json!([rule("second", "eth0"), rule("third", "eth0")]));
+    let activations: Vec<u32> = bench
+        .list()
+        .rules
+        .iter()
+        .map(|rule| rule.activation)
+        .collect();
+    assert_eq!(activations, [1, 0x1_0002, 0x1_0003]);
 }
 
 #[test]

@@ -19,11 +19,14 @@ use aya::{
     },
     programs::SchedClassifier,
 };
-use injector_common::layout::{
-    Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey, Held,
-    LaneLoad, MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix,
-    RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, family, hook,
-    lane_load, state_site,
+use injector_common::{
+    holders,
+    layout::{
+        Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey,
+        Flushed, Held, LaneLoad, MAX_EXEMPTIONS, MAX_FLUSHES, MAX_RULES, MAX_SLOTS, PORT_CLASSES,
+        PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target,
+        TargetCounters, family, hook, lane_load, state_site,
+    },
 };
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -224,6 +227,9 @@ pub struct DataPlane {
     states: BpfHashMap<MapData, StateKey, State>,
     held: BpfHashMap<MapData, FlowKey, Held>,
     lane_lost: PerCpuArray<MapData, u64>,
+    flushes: BpfHashMap<MapData, u32, Flushed>,
+    /// How many entries that has.
+    flushing: u64,
     tables: Array<MapData, Distribution>,
     /// The given distributions among `tables`.
     given: BTreeMap<u32, Arc<Distribution>>,
@@ -417,6 +423,8 @@ impl DataPlane {
             held: typed(take("HELD")?, "HELD")?,
             lanes: mapped(take("LANES")?, "LANES", u32::from(sizes.targets))?,
             lane_lost: typed(take("LANE_LOST")?, "LANE_LOST")?,
+            flushes: typed(take("FLUSHES")?, "FLUSHES")?,
+            flushing: 0,
             tables,
             given: BTreeMap::new(),
             connections: typed(take("CONNECTIONS")?, "CONNECTIONS")?,
@@ -526,6 +534,59 @@ impl DataPlane {
             copies: sum(1)?,
             returns: sum(2)?,
         })
+    }
+
+    /// Begins to drop what rules of these activations hold, as it comes out of its queue. `false` if that were more
+    /// than [`MAX_FLUSHES`] at once; nothing has changed then, nor after an error.
+    pub fn begin_flush(&mut self, activations: &[u32]) -> Result<bool, DataPlaneError> {
+        let more = activations.len() as u64;
+        if self.flushing + more > u64::from(MAX_FLUSHES) {
+            return Ok(false);
+        }
+        for (done, activation) in activations.iter().enumerate() {
+            let name = u32::from(holders::name(*activation));
+            if let Err(source) = self.flushes.insert(name, Flushed::default(), 0) {
+                // One that stays behind is without effect: `flushing` says how many there are.
+                self.forget_flushes(&activations[..done])?;
+                return Err(map_error("insert into", "FLUSHES", source));
+            }
+        }
+        self.set_flushing(self.flushing + more);
+        Ok(true)
+    }
+
+    /// Ends that.
+    pub fn end_flush(&mut self, activations: &[u32]) -> Result<(), DataPlaneError> {
+        self.set_flushing(self.flushing.saturating_sub(activations.len() as u64));
+        self.forget_flushes(activations)
+    }
+
+    fn forget_flushes(&mut self, activations: &[u32]) -> Result<(), DataPlaneError> {
+        for activation in activations {
+            let name = u32::from(holders::name(*activation));
+            match self.flushes.remove(&name) {
+                Ok(()) | Err(aya::maps::MapError::KeyNotFound) => {}
+                Err(source) => return Err(map_error("delete from", "FLUSHES", source)),
+            }
+        }
+        Ok(())
+    }
+
+    fn set_flushing(&mut self, flushing: u64) {
+        self.flushing = flushing;
+        // SAFETY: an aligned field of a live mapping; the kernel only reads it. Release: entries that were made are
+        // there before it.
+        let word = unsafe { AtomicU64::from_ptr(&raw mut (*self.config.pointer(0)).flushing) };
+        word.store(flushing, Ordering::Release);
+    }
+
+    /// Packets dropped by the flush of a rule: those that would have left, those that would have arrived.
+    pub fn flushed(&self, activation: u32) -> Result<[u64; 2], DataPlaneError> {
+        let flushed = self
+            .flushes
+            .get(&u32::from(holders::name(activation)), 0)
+            .map_err(|source| map_error("read", "FLUSHES", source))?;
+        Ok([flushed.egress_packets, flushed.ingress_packets])
     }
 
     /// The kernel's number for the program of a hook.
@@ -796,7 +857,9 @@ impl DataPlane {
         })?;
         collected.orphaned_states = orphaned;
         collected.idle_states = all - orphaned;
-        sweep(&mut self.held, "HELD", |_, held| held.until_ns < now)?;
+        sweep(&mut self.held, "HELD", |_, held| {
+            held.until_ns.max(held.flushed_until_ns) < now
+        })?;
         collected.connections = sweep(&mut self.connections, "CONNECTIONS", |_, connection| {
             is_idle(connection.last_ns)
         })?;
@@ -830,6 +893,12 @@ impl DataPlane {
                 entries: Some(count(&self.connections, "CONNECTIONS")?),
                 capacity: self.sizes.flows,
                 bytes: memory(self.connections.map()),
+            },
+            TableUse {
+                name: "flushes",
+                entries: Some(self.flushing),
+                capacity: MAX_FLUSHES,
+                bytes: memory(self.flushes.map()),
             },
             TableUse {
                 name: "prefixes",

@@ -193,6 +193,17 @@ pub struct LaneLosses {
     pub returns: u64,
 }
 
+/// A healed rule whose held packets are being dropped.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct FlushStatus {
+    /// Its name.
+    pub rule: String,
+    /// Packets dropped so far that would have left.
+    pub egress_packets: u64,
+    /// Packets dropped so far that would have arrived.
+    pub ingress_packets: u64,
+}
+
 /// Everything that `stats` says.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Stats {
@@ -206,6 +217,8 @@ pub struct Stats {
     pub lanes: Vec<LaneStats>,
     /// What lanes lost on the way.
     pub lane_losses: LaneLosses,
+    /// Healed rules whose held packets are being dropped.
+    pub flushes: Vec<FlushStatus>,
 }
 
 impl Stats {

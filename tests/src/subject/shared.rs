@@ -15,9 +15,9 @@ use injector::dataplane::{
 use injector_common::{
     decide::{Advanced, Step, Tables, Verdict, Work, decide},
     layout::{
-        Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, FragmentKey, Held,
-        MAX_EXEMPTIONS, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry,
-        Shape, State, StateKey, Target, TargetCounters, Upper, family,
+        Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, Flushed, FragmentKey,
+        Held, MAX_EXEMPTIONS, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters,
+        RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper, family,
     },
     segments::Meta,
 };
@@ -205,6 +205,11 @@ impl Tables for Memory {
 
     fn held(&self, flow: &FlowKey) -> Option<*mut Held> {
         pointer(&self.held, flow)
+    }
+
+    fn flushed(&self, _name: u16) -> Option<*mut Flushed> {
+        // Nothing is flushed here: `Config::flushing` is 0.
+        None
     }
 
     fn hold(&self, flow: &FlowKey) -> Option<*mut Held> {

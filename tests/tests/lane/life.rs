@@ -24,6 +24,16 @@ pub(crate) fn tests() -> Vec<Trial> {
             healing_lets_held_packets_leave_at_their_time,
         ),
         trial(
+            "life::a_flush_drops_what_its_rule_holds_and_nothing_else",
+            NEEDS,
+            a_flush_drops_what_its_rule_holds_and_nothing_else,
+        ),
+        trial(
+            "life::a_flush_drops_copies_and_not_originals",
+            NEEDS,
+            a_flush_drops_copies_and_not_originals,
+        ),
+        trial(
             "life::a_killed_daemon_s_lane_is_harmless",
             NEEDS,
             a_killed_daemon_s_lane_is_harmless,
@@ -82,6 +92,149 @@ fn healing_lets_held_packets_leave_at_their_time() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Two rules, `slow` for short packets to three ports, `other` for all packets to three ports, two of them the same:
+/// one flow for each, one for both, and one in which both hold the short packets and `other` alone the long ones.
+fn a_flush_drops_what_its_rule_holds_and_nothing_else() -> Result<()> {
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let before = Snapshot::of(&a.ns)?;
+    let injector = Injector::started(&[])?;
+    for egress in [true, false] {
+        let direction = if egress { "--to" } else { "--from" };
+        let (from, to) = if egress { (a, b) } else { (b, a) };
+        let port = if egress {
+            "--peer-port"
+        } else {
+            "--local-port"
+        };
+        let place = format!(
+            "--netns {} --iface eth0 {direction} {} --proto udp",
+            a.netns(),
+            b.v4
+        );
+        // Numbered datagrams have 64 bytes, their IP packets 92.
+        injector.add(&format!(
+            "slow {place} {port} 7000,7002,7003 --length -100 --delay 4s"
+        ))?;
+        injector.add(&format!("other {place} {port} 7001,7002,7003 --delay 1s"))?;
+        let path = |port: u16| Timed::v4(from, port - 1000, to, port);
+        let (slow, other, both, mixed) = (path(7000)?, path(7001)?, path(7002)?, path(7003)?);
+        let gap = Duration::from_millis(1);
+        slow.send(1..=20, gap)?;
+        let mut others = other.send(1..=20, gap)?;
+        // Before the short ones, behind which they would wait.
+        mixed.send_super_packets(101..=120, 1, 200)?;
+        mixed.send(1..=20, gap)?;
+        both.send(1..=20, gap)?;
+        let healed = injector.json(&["heal", "slow", "--flush"])?;
+        ensure!(
+            healed["flushing"][0]["rule"] == "slow",
+            "heal did not tell of the flush: {healed}"
+        );
+        // Flows that `slow` alone held go on at once; those under `other` wait for no longer than it says.
+        let since = slow.send(21..=40, gap)?;
+        others.extend(other.send(21..=40, gap)?);
+        let afterwards = both.send(21..=40, gap)?;
+        let deadline = Duration::from_secs(10);
+        for (path, sent, name, least, most) in [
+            (&slow, &since, "slow", 0.0, 500.0),
+            (&both, &afterwards, "both", 1000.0, 1800.0),
+        ] {
+            let arrived = path.receive(20, Duration::ZERO, deadline)?;
+            let taken = delays(sent, &arrived);
+            ensure!(
+                arrived.iter().map(|one| one.number).eq(21..=40)
+                    && taken.iter().all(|delay| (least..most).contains(delay)),
+                "{direction} {name}: {arrived:?} after {taken:?}"
+            );
+        }
+        let arrived = other.receive(40, Duration::ZERO, deadline)?;
+        let taken = delays(&others, &arrived);
+        ensure!(
+            arrived.iter().map(|one| one.number).eq(1..=40)
+                && taken.iter().all(|delay| (1000.0..1800.0).contains(delay)),
+            "{direction} other: {arrived:?} after {taken:?}"
+        );
+        let arrived = mixed.receive(20, Duration::ZERO, deadline)?;
+        ensure!(
+            arrived.iter().map(|one| one.number).eq(101..=120),
+            "{direction} mixed: {arrived:?}"
+        );
+        wait_until("the flush is over", deadline, || {
+            Ok(injector.stats()?.flushes.is_empty())
+        })?;
+        let events = injector.json(&["events"])?;
+        let told: Vec<&str> = events["events"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|event| event["kind"] == "flushed" && event["rule"] == "slow")
+            .filter_map(|event| event["message"].as_str())
+            .collect();
+        ensure!(
+            told.len() == if egress { 1 } else { 2 }
+                && told.iter().all(|message| message.contains(": 60 packets")),
+            "{direction}: {told:?}"
+        );
+        for path in [&slow, &both, &mixed] {
+            let late = path.receive(0, Duration::from_millis(100), deadline)?;
+            ensure!(
+                late.is_empty(),
+                "{direction}: flushed packets arrived: {late:?}"
+            );
+        }
+        injector.stats()?.lanes_lost_nothing()?;
+        injector.json(&["heal", "other"])?;
+        wait_until("the lane has gone", deadline, || {
+            Ok(before.must_equal(&Snapshot::of(&a.ns)?).is_ok())
+        })?;
+    }
+    Ok(())
+}
+
+fn a_flush_drops_copies_and_not_originals() -> Result<()> {
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    let place = format!(
+        "--netns {} --iface eth0 --to {} --proto udp",
+        a.netns(),
+        b.v4
+    );
+    injector.add(&format!(
+        "replay {place} --duplicate 100% --copy-delay 1500ms"
+    ))?;
+    injector.add(&format!(
+        "echo {place} --duplicate 100% --copy-delay 1700ms"
+    ))?;
+    injector.add(&format!(
+        "slow {place} --delay 500ms --jitter 10ms --order free"
+    ))?;
+    let path = Timed::v4(a, 6000, b, 7000)?;
+    let sent = path.send(1..=20, Duration::from_millis(1))?;
+    injector.json(&["heal", "replay", "--flush"])?;
+    wait_until("the copies are dropped", Duration::from_secs(10), || {
+        let stats = injector.stats()?;
+        let dropped = stats.flushes.first().map(|flush| flush.egress_packets);
+        ensure!(dropped.is_some(), "the flush ended early: {stats:?}");
+        Ok(dropped == Some(20))
+    })?;
+    let mut arrived = path.receive(40, Duration::from_millis(300), Duration::from_secs(10))?;
+    arrived.sort_by_key(|one| (one.at_ns, one.number));
+    let taken = delays(&sent, &arrived);
+    ensure!(
+        arrived.len() == 40
+            && taken[..20]
+                .iter()
+                .all(|delay| (480.0..1400.0).contains(delay))
+            && taken[20..].iter().all(|delay| *delay > 2100.0),
+        "{arrived:?} after {taken:?}"
+    );
+    injector.stats()?.lanes_lost_nothing()
 }
 
 fn a_killed_daemon_s_lane_is_harmless() -> Result<()> {
