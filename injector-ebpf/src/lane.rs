@@ -25,7 +25,7 @@ use injector_common::{
 };
 
 use crate::{
-    skb,
+    corrupt, skb,
     tables::{self, lost},
 };
 
@@ -101,8 +101,10 @@ pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
                 0
             },
             connection: work.connection,
+            ..Entry::default()
         };
-        let cut_up = work.enter & needs::WIRE != 0 && packets > 1;
+        let cut_up =
+            work.enter & needs::WIRE != 0 && packets > 1 || work.enter & needs::COMPLETE != 0;
         let device = if cut_up {
             (*target).segmenter
         } else {
@@ -170,6 +172,7 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
             return TC_ACT_STOLEN;
         }
         if tag == u32::from(lane_vlan::SEGMENTER) {
+            (*skb).tc_index = u32::from(mark | lane_mark::COMPLETE);
             return bpf_redirect((*target).line, 0) as i32;
         }
         // A redirect to egress takes the departure time off, one to ingress does not (`____dev_forward_skb`,
@@ -206,7 +209,11 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
         }
         let (slot, direction) = lane_mark::read(mark);
         let meta = skb::marked(ctx, slot, direction);
-        let outcome = decide_line(&mut skb::SkbPacket::new(ctx), meta, *entry, &tables::Kernel);
+        let entry = Entry {
+            complete: u32::from(mark & lane_mark::COMPLETE),
+            ..*entry
+        };
+        let outcome = decide_line(&mut skb::SkbPacket::new(ctx), meta, entry, &tables::Kernel);
         match outcome {
             LineOutcome::Lost => TC_ACT_STOLEN,
             LineOutcome::Again => {
@@ -214,7 +221,10 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
                 TC_ACT_UNSPEC
             }
             LineOutcome::Undecided => TC_ACT_UNSPEC,
-            LineOutcome::Sent => emit(ctx),
+            LineOutcome::Sent => {
+                corrupt::corrupt(ctx);
+                emit(ctx)
+            }
         }
     }
 }

@@ -282,6 +282,7 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
         "SHARE",
         "EXCESS",
         "LOST",
+        "CORRUPTED",
         "COPIES",
         "DELAYED",
         "HELD BACK",
@@ -297,6 +298,7 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
     .sparing(&[
         "EXCESS",
         "LOST",
+        "CORRUPTED",
         "COPIES",
         "DELAYED",
         "HELD BACK",
@@ -319,6 +321,7 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
             percent(total.cut_packets, total.matched_packets),
             total.excess_packets.to_string(),
             total.lost_packets.to_string(),
+            total.corrupted_packets.to_string(),
             total.copies.to_string(),
             total.delayed_packets.to_string(),
             total.reordered_packets.to_string(),

@@ -205,6 +205,7 @@ fn rule_counters(counters: &dataplane::RuleCounters) -> RuleCounters {
         overflow_packets: counters.overflow_packets,
         marked_packets: counters.marked_packets,
         stalled_packets: counters.stalled_packets,
+        corrupted_packets: counters.corrupted_packets,
         first_ns: counters.first_ns,
         last_ns: counters.last_ns,
         first_at: None,
