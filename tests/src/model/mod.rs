@@ -9,6 +9,7 @@
 //! "Choice".
 
 mod compare;
+pub mod datagram;
 mod decide;
 mod flow;
 pub mod line;
