@@ -262,6 +262,8 @@ pub mod needs {
     pub const LANE: u32 = 1;
     /// Wire packets are decided one by one, so super-packets go through the lane's segmenter.
     pub const WIRE: u32 = 1 << 1;
+    /// Checksums are complete before the packet is decided, so single packets go through the segmenter too.
+    pub const COMPLETE: u32 = 1 << 2;
 }
 
 /// What a packet that goes through a lane carries in `tc_index` from its target's hook to the lane's exit, and
@@ -275,6 +277,9 @@ pub mod lane_mark {
     pub const INDEX: u16 = 1 << 14;
     /// The packet's priority is [`super::PRIORITY_CONTROL`] where it now is [`super::PRIORITY_HELD`].
     pub const CONTROL: u16 = 1 << 13;
+    /// Set by the carrier when the packet comes out of the segmenter, and taken off at the line: it is one wire
+    /// packet, and its checksums are complete. (Its index has no bit to stand for before the line.)
+    pub const COMPLETE: u16 = INDEX;
     const DIRECTION: u16 = 1 << 12;
     const SLOT: u16 = DIRECTION - 1;
 
@@ -585,6 +590,18 @@ pub mod stage {
     pub const STALL: u32 = 1 << 5;
     /// Losing what is too long.
     pub const MTU: u32 = 1 << 6;
+    /// Turning bits over.
+    pub const CORRUPT: u32 = 1 << 7;
+}
+
+/// Bits of [`Shape::corrupt_how`].
+pub mod corrupt_how {
+    /// Bits of headers: IP with options or extension headers, and the upper layer's.
+    pub const HEADER: u32 = 1;
+    /// Bits of what follows them.
+    pub const PAYLOAD: u32 = 1 << 1;
+    /// Checksums are made right again.
+    pub const REPAIR: u32 = 1 << 2;
 }
 
 /// Values of [`Shape::rate_share`]: which packets share a line.
@@ -687,10 +704,18 @@ pub struct Shape {
     pub stall_ns: u64,
     /// From the beginning of one stall to that of the next, nanoseconds; 0 where there is one only.
     pub stall_every_ns: u64,
+    /// Probability of corruption.
+    pub corrupt: u64,
+    /// Bits that are turned over in a corrupted packet: 1 to [`MAX_BITS`].
+    pub corrupt_bits: u32,
+    /// [`corrupt_how`].
+    pub corrupt_how: u32,
 }
 
 /// Copies of one packet at most, by all rules together.
 pub const MAX_COPIES: u32 = 8;
+/// Bits of one packet that one rule turns over at most.
+pub const MAX_BITS: u32 = 32;
 
 /// A rule, as the program judges it once the bitmaps have named it.
 #[repr(C)]
@@ -797,6 +822,8 @@ pub struct RuleCounters {
     pub stalled_packets: u64,
     /// Answers sent to cut packets; one for a super-packet.
     pub answered_packets: u64,
+    /// Packets of which bits were turned over.
+    pub corrupted_packets: u64,
     /// When the first packet matched, `CLOCK_MONOTONIC` in nanoseconds; 0 for never.
     pub first_ns: u64,
     /// When the last packet matched.
@@ -848,13 +875,13 @@ const _: () = {
     assert!(size_of::<LaneLoad>() == 32);
     assert!(size_of::<Held>() == 32);
     assert!(size_of::<Flushed>() == 16);
-    assert!(size_of::<Shape>() == 168);
+    assert!(size_of::<Shape>() == 184);
     assert!(size_of::<Distribution>() == 4 * (DISTRIBUTION_STEPS + 2));
     assert!(size_of::<Connection>() == 16);
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<Upper>() == 8);
     assert!(size_of::<RuleEntry>() == 280 && offset_of!(RuleEntry, dscp) == 144);
-    assert!(size_of::<RuleCounters>() == 192);
+    assert!(size_of::<RuleCounters>() == 200);
     assert!(size_of::<TargetCounters>() == 96);
 };
 

@@ -2,30 +2,34 @@
 //! each of them does to it is settled here, in fixed stages.
 //!
 //! 1. cut, positional loss, length, random loss;
-//! 2. duplication;
-//! 3. rate and queue;
-//! 4. delay, holding back;
-//! 5. stall.
+//! 2. corruption;
+//! 3. duplication;
+//! 4. rate and queue;
+//! 5. delay, holding back;
+//! 6. stall.
 //!
-//! Every rule takes part in each stage, in the order of its slot. Delays add up, losses are independent.
+//! Every rule takes part in each stage, in the order of its slot. Delays add up, losses are independent. Whether a
+//! packet is corrupted is decided with the first stages; the bits are chosen and turned over when the other stages
+//! have let it go on ([`choose_bits`]), before copies are made of it.
 
 use crate::{
+    corrupt::{Ground, Repair, choose},
     decide::{
         Step, Tables, Work, acts, candidates, count_matched, every, follow_fragment, identify,
         matched, ordinal, read_once,
     },
     fate, holders,
     layout::{
-        DISTRIBUTION_NORMAL, DISTRIBUTION_NORMAL_CDF, FlowKey, MAX_CANDIDATES, MAX_COPIES,
-        MAX_SLOTS, RuleCounters, RuleEntry, Shape, StateKey, fault, hook, identity, rate_share,
-        stage, state_site,
+        DISTRIBUTION_NORMAL, DISTRIBUTION_NORMAL_CDF, FlowKey, MAX_BITS, MAX_CANDIDATES,
+        MAX_COPIES, MAX_SLOTS, RuleCounters, RuleEntry, Shape, StateKey, corrupt_how, fault, hook,
+        identity, rate_share, stage, state_site,
     },
     packet::{Fragment, Packet, Unparsed, parse},
     segments::{Meta, Segments},
     shape::{self, Memory, purpose},
 };
 
-const _: () = assert!(MAX_CANDIDATES.is_power_of_two());
+const _: () = assert!(MAX_CANDIDATES.is_power_of_two() && MAX_BITS.is_power_of_two());
 
 /// Packets that one can become: itself and its copies.
 pub const SENT: usize = MAX_COPIES as usize + 1;
@@ -39,6 +43,10 @@ pub struct Entry {
     pub connection: u64,
     /// The `tc_index` that it had before it was marked.
     pub index: u64,
+    /// Whether it went through the segmenter, so that its checksums are complete.
+    pub complete: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// A sender's wish for a later departure counts up to so far ahead, nanoseconds: as far as fq honours it with its
@@ -60,8 +68,8 @@ pub struct Line {
     pub copies: u32,
     /// Whether it may be overtaken and overtake.
     pub free: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Whether its checksums are complete.
+    pub complete: u32,
     /// [`stage`] of the rules that act on it, together.
     pub stages: u32,
     /// Whether it is to be marked (ECN).
@@ -84,6 +92,26 @@ pub struct Line {
     pub after_ns: [u64; SENT],
     /// By copy, the original first: when it leaves, `CLOCK_MONOTONIC` in nanoseconds; 0 if it was lost.
     pub leaves_ns: [u64; SENT],
+    /// The candidates that corrupt it, one bit each.
+    pub corrupt: u32,
+    /// The candidate whose bits are being chosen.
+    pub choosing: u32,
+    /// By how much there are more bits to choose from than are to be chosen.
+    pub spare: u32,
+    /// The number that was drawn.
+    pub drawn: u32,
+    /// Whether it was chosen before.
+    pub taken: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Numbers of the bits that were chosen.
+    pub chosen: [u32; MAX_BITS as usize],
+    /// Their positions ([`crate::corrupt`]).
+    pub bits: [u32; MAX_BITS as usize],
+    /// From what they are chosen.
+    pub ground: Ground,
+    /// What their change adds to checksums that are to be repaired.
+    pub repair: Repair,
 }
 
 /// What to do with a packet in a lane.
@@ -164,6 +192,8 @@ pub fn line<P: Packet, T: Tables>(
     line.free = 0;
     line.stages = 0;
     line.mark = 0;
+    line.corrupt = 0;
+    line.complete = entry.complete;
     // (`clamp` would bring a panic along.)
     let latest = work.now_ns.saturating_add(PACED_MOST_NS);
     line.begin_ns = entry.departure_ns.min(latest).max(work.now_ns);
@@ -260,7 +290,7 @@ fn keep_order<T: Tables>(tables: &T, work: &mut Work) {
     work.line.leaves_ns[0] = leaves;
 }
 
-/// The first two stages of one rule a round.
+/// The first three stages of one rule a round.
 struct Strike;
 
 impl Step for Strike {
@@ -363,6 +393,14 @@ fn strike<T: Tables>(
         counters.lost_packets += packets;
         work.line.lost = 1;
     }
+    // Before a segmenter has completed the checksum it would be computed over the changed bytes. A packet comes here
+    // without one only if the rule began to act after it had passed the hook.
+    if shape.stages & stage::CORRUPT != 0
+        && work.line.complete != 0
+        && shape::upper(shape::draw(rule, stream, n, purpose::CORRUPT)) < shape.corrupt
+    {
+        work.line.corrupt |= 1 << at;
+    }
     if shape.stages & stage::DUPLICATE != 0
         && shape::upper(shape::draw(rule, stream, n, purpose::CHANCE)) < shape.duplicate
     {
@@ -408,6 +446,81 @@ fn add_copies(rule: &RuleEntry, work: &mut Work, shape: &Shape, counters: &mut R
         };
         work.line.copies = at as u32;
         counters.copies += 1;
+    }
+}
+
+/// Chooses the bits of the packet that the candidate `index` turns over ([`Line::bits`]), and counts. How many there
+/// are, and whether checksums are to be repaired; `None` if it changes nothing.
+#[inline(always)]
+pub fn choose_bits<T: Tables>(tables: &T, index: u32, work: &mut Work) -> Option<(u32, u32)> {
+    // A mask, which the verifier understands.
+    let at = index as usize & (MAX_CANDIDATES - 1);
+    if work.line.corrupt >> at & 1 == 0 {
+        return None;
+    }
+    let Acting {
+        shape, counters, ..
+    } = acting(tables, work, at, stage::CORRUPT)?;
+    // A frame can be longer than its packet (padding), and an IP packet claim more than there is.
+    let stated = work.segments.last_length;
+    let there = work.meta.length.saturating_sub(work.parsed.network_offset);
+    let length = if stated < there { stated } else { there };
+    let how = shape.corrupt_how;
+    work.line.ground.find(&work.parsed, length, how);
+    let bits = work.line.ground.bits();
+    let count = if shape.corrupt_bits < bits {
+        shape.corrupt_bits
+    } else {
+        bits
+    };
+    if count == 0 {
+        return None;
+    }
+    counters.corrupted_packets += 1;
+    work.line.choosing = at as u32;
+    work.line.spare = bits - count;
+    tables.repeat::<Choose>(count, work);
+    Some((count, how & corrupt_how::REPAIR))
+}
+
+/// One more bit a round.
+struct Choose;
+
+impl Step for Choose {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
+        let at = work.line.choosing as usize & (MAX_CANDIDATES - 1);
+        let slot = u32::from(work.found.slots[at]);
+        let Some(rule) = tables.rule(work.copy * MAX_SLOTS + slot) else {
+            return false;
+        };
+        // SAFETY: valid by `Tables`; what is in force is not written.
+        let rule = unsafe { &*rule };
+        let purpose = purpose::BIT + u64::from(index);
+        let draw = shape::draw(rule, work.line.stream[at], work.line.n[at], purpose);
+        let number = choose(draw, work.line.spare, index, |number| {
+            work.line.drawn = number;
+            work.line.taken = 0;
+            tables.repeat::<Taken>(index, work);
+            work.line.taken != 0
+        });
+        // A mask as above; there are no more rounds than bits.
+        let place = (index & (MAX_BITS - 1)) as usize;
+        work.line.chosen[place] = number;
+        work.line.bits[place] = work.line.ground.position(number);
+        true
+    }
+}
+
+/// Whether the number at hand is one of those chosen before, one of them a round.
+struct Taken;
+
+impl Step for Taken {
+    #[inline(always)]
+    fn step<T: Tables>(_tables: &T, index: u32, work: &mut Work) -> bool {
+        let place = (index & (MAX_BITS - 1)) as usize;
+        work.line.taken = u32::from(work.line.chosen[place] == work.line.drawn);
+        work.line.taken == 0
     }
 }
 

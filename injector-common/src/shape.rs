@@ -19,6 +19,10 @@ pub mod purpose {
     pub const CHANCE: u64 = 0x6368_616e_6365;
     /// Delay (upper half); plus the number of the copy, 0 for the original.
     pub const DELAY: u64 = 0x64_656c_6179_0000;
+    /// Corruption (upper half).
+    pub const CORRUPT: u64 = 0x63_6f72_7275_7074;
+    /// Which bits; plus the number of those chosen before.
+    pub const BIT: u64 = 0x62_6974_0000;
 }
 
 /// The random stream of a flow under a rule, in one direction; never 0. `flow` is as the rule identifies flows,

@@ -34,7 +34,7 @@ use injector_common::{
 };
 
 use crate::{
-    skb,
+    corrupt, skb,
     tables::{self, lost},
 };
 
@@ -134,8 +134,10 @@ pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
             },
             connection: work.connection,
             index: u64::from((*skb).tc_index),
+            ..Entry::default()
         };
-        let cut_up = (work.enter & needs::WIRE != 0 || (*skb).len > LONGEST) && packets > 1;
+        let cut_up = (work.enter & needs::WIRE != 0 || (*skb).len > LONGEST) && packets > 1
+            || work.enter & needs::COMPLETE != 0;
         let device = if cut_up {
             (*target).segmenter
         } else {
@@ -208,6 +210,7 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
             return TC_ACT_STOLEN;
         }
         if from_segmenter {
+            (*skb).tc_index = u32::from(mark | lane_mark::COMPLETE);
             return bpf_redirect((*target).line, 0) as i32;
         }
         let held_by = u64::from((*skb).cb[3]) | u64::from((*skb).cb[4]) << 32;
@@ -262,7 +265,11 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
         note_holders(skb, 0);
         let (slot, direction) = lane_mark::read(mark);
         let meta = skb::marked(ctx, slot, direction);
-        let outcome = decide_line(&mut skb::SkbPacket::new(ctx), meta, *entry, &tables::Kernel);
+        let entry = Entry {
+            complete: u32::from(mark & lane_mark::COMPLETE),
+            ..*entry
+        };
+        let outcome = decide_line(&mut skb::SkbPacket::new(ctx), meta, entry, &tables::Kernel);
         match outcome {
             LineOutcome::Lost => TC_ACT_STOLEN,
             LineOutcome::Again => {
@@ -270,7 +277,11 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
                 TC_ACT_UNSPEC
             }
             LineOutcome::Undecided => send(ctx, 0, (*skb).hash, 0, 0),
-            LineOutcome::Sent => emit(ctx, (*entry).index as u32 & INDEX_MASK),
+            LineOutcome::Sent => {
+                let index = entry.index as u32 & INDEX_MASK;
+                corrupt::corrupt(ctx);
+                emit(ctx, index)
+            }
         }
     }
 }
@@ -362,7 +373,7 @@ unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, index: u32, held_by: 
         (*skb).queue_mapping = 0;
         (*skb).tstamp = leaves_ns;
         note_holders(skb, held_by);
-        let mut mark = (*skb).tc_index;
+        let mut mark = (*skb).tc_index & !u32::from(lane_mark::COMPLETE);
         if index != 0 {
             mark |= u32::from(lane_mark::INDEX);
         }

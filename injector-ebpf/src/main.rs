@@ -1,7 +1,8 @@
 //! The injector's TC programs: one for each direction at a target, and those of the [`lane`].
 //!
 //! An entry point builds the context, lets [`injector_common::decide`] decide, and turns the verdict into an
-//! action. Maps are in [`tables`], reading of the skb in [`skb`], what becomes of rejected packets in [`reject`].
+//! action. Maps are in [`tables`], reading of the skb in [`skb`], turning over of its bits in [`corrupt`], what becomes
+//! of rejected packets in [`reject`].
 //!
 //! A packet can need more than one pass: because its headers had to be pulled into the linear part first, or
 //! because it leaves through a loopback device and is decided for arrival as well, or because it is answered. Each pass is a run of its
@@ -34,6 +35,7 @@
     reason = "the kernel hands down 16-bit numbers in 32-bit fields; a checked conversion leaves a panic"
 )]
 
+mod corrupt;
 mod lane;
 mod reject;
 mod skb;

@@ -784,6 +784,9 @@ pub struct RuleCounters {
     /// Answers sent to cut packets.
     #[serde(default)]
     pub answered_packets: u64,
+    /// Wire packets of which bits were turned over.
+    #[serde(default)]
+    pub corrupted_packets: u64,
     /// When the first packet matched, in nanoseconds of the kernel's monotonic clock; 0: never.
     pub first_ns: u64,
     /// When the last one did.
@@ -821,6 +824,7 @@ impl AddAssign for RuleCounters {
         self.marked_packets += other.marked_packets;
         self.stalled_packets += other.stalled_packets;
         self.answered_packets += other.answered_packets;
+        self.corrupted_packets += other.corrupted_packets;
         if other.first_ns != 0 && (self.first_ns == 0 || other.first_ns < self.first_ns) {
             self.first_ns = other.first_ns;
             self.first_at = other.first_at;

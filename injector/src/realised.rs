@@ -13,7 +13,7 @@ use crate::{
 /// One fault, as asked and as it turned out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Realised {
-    /// `loss`, `duplicate`, `delay` or `reorder`.
+    /// `loss`, `corrupt`, `duplicate`, `delay` or `reorder`.
     pub fault: String,
     /// What `asked` and `realised` are.
     pub unit: Unit,
@@ -53,6 +53,18 @@ pub fn realised(shaping: &Shaping, counters: &RuleCounters) -> Vec<Realised> {
     if let Some(loss) = shaping.loss {
         let taken = float(counters.lost_packets);
         add("loss", Unit::Share, mean_loss(loss), taken, decided);
+    }
+    if let Some(one) = shaping.corrupt {
+        let changed = float(counters.corrupted_packets);
+        let gone = counters.cut_packets + counters.lost_packets + counters.too_long_packets;
+        let left = decided.saturating_sub(gone);
+        add(
+            "corrupt",
+            Unit::Share,
+            share(one.probability),
+            changed,
+            left,
+        );
     }
     if let Some(one) = shaping.duplicate {
         let doubled = float(counters.duplicated_packets);

@@ -243,6 +243,35 @@ pub(super) struct RuleArgs {
         help_heading = "What else happens to them, packet by packet"
     )]
     pub(super) loss: Option<String>,
+    /// Turn bits of packets over by chance: 0.1%
+    #[arg(
+        long,
+        value_name = "PERCENT",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) corrupt: Option<String>,
+    /// With --corrupt: so many distinct bits, 1 to 32 [default: 1]
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) bits: Option<u32>,
+    /// With --corrupt: of which part: any, header or payload [default: any]
+    #[arg(
+        long = "where",
+        value_name = "PART",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) part: Option<String>,
+    /// With --corrupt: broken (the receiver's stack drops them) or repaired (the application reads wrong bytes)
+    /// [default: broken]
+    #[arg(
+        long,
+        value_name = "WHAT",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) checksum: Option<String>,
     /// Duplicate packets by chance: 2%
     #[arg(
         long,
@@ -416,6 +445,10 @@ impl RuleArgs {
                 drop_once: self.drop_once,
                 reject: self.reject.clone(),
                 loss: self.loss.clone(),
+                corrupt: self.corrupt.clone(),
+                bits: self.bits,
+                part: self.part.clone(),
+                checksum: self.checksum.clone(),
                 duplicate: self.duplicate.clone(),
                 copies: self.copies,
                 copy_delay: self.copy_delay.clone(),

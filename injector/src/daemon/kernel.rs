@@ -246,6 +246,7 @@ fn rule_counters(counters: &dataplane::RuleCounters) -> RuleCounters {
         marked_packets: counters.marked_packets,
         stalled_packets: counters.stalled_packets,
         answered_packets: counters.answered_packets,
+        corrupted_packets: counters.corrupted_packets,
         first_ns: counters.first_ns,
         last_ns: counters.last_ns,
         first_at: None,

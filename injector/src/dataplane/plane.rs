@@ -1159,6 +1159,7 @@ fn add_rule_counters(sum: &mut RuleCounters, value: &RuleCounters) {
     sum.marked_packets += value.marked_packets;
     sum.stalled_packets += value.stalled_packets;
     sum.answered_packets += value.answered_packets;
+    sum.corrupted_packets += value.corrupted_packets;
     if value.first_ns != 0 && (sum.first_ns == 0 || value.first_ns < sum.first_ns) {
         sum.first_ns = value.first_ns;
     }

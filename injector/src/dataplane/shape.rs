@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use injector_common::layout::{
-    BYTE_TIME_SCALE, DISTRIBUTION_SCALE, Shape, loss_model, needs, rate_share, stage,
+    BYTE_TIME_SCALE, DISTRIBUTION_SCALE, Shape, corrupt_how, loss_model, needs, rate_share, stage,
 };
 
 use super::distribution;
 use crate::rules::{
     model::{Fault, Rule},
-    shaping::{Delay, Loss, Order, Rate, RateShare, Shaping},
+    shaping::{Checksum, Corrupt, Delay, Loss, Order, Part, Rate, RateShare, Shaping},
 };
 
 /// What a rule needs beyond its targets' hooks.
@@ -21,6 +21,9 @@ pub(super) fn needs(rule: &Rule) -> u32 {
     let by_position = !matches!(rule.fault, Fault::Cut | Fault::Reject(_) | Fault::None);
     if rule.shaping.tells_packets_apart() || by_position {
         bits |= needs::WIRE;
+    }
+    if rule.shaping.corrupt.is_some() {
+        bits |= needs::COMPLETE;
     }
     bits
 }
@@ -51,6 +54,10 @@ pub fn shape(shaping: &Shaping) -> Shape {
             } => (loss_model::FOUR_STATES, [p13, p31, p32, p23, p14]),
         };
     }
+    if let Some(one) = &shaping.corrupt {
+        shape.stages |= stage::CORRUPT;
+        set_corrupt(&mut shape, one);
+    }
     if let Some(one) = shaping.duplicate {
         shape.stages |= stage::DUPLICATE;
         shape.duplicate = one.probability;
@@ -80,6 +87,19 @@ pub fn shape(shaping: &Shaping) -> Shape {
         shape.hold_ns = nanoseconds(one.hold);
     }
     shape
+}
+
+fn set_corrupt(shape: &mut Shape, corrupt: &Corrupt) {
+    shape.corrupt = corrupt.probability;
+    shape.corrupt_bits = corrupt.bits;
+    shape.corrupt_how = match corrupt.part {
+        Part::Any => corrupt_how::HEADER | corrupt_how::PAYLOAD,
+        Part::Header => corrupt_how::HEADER,
+        Part::Payload => corrupt_how::PAYLOAD,
+    };
+    if corrupt.checksum == Checksum::Repaired {
+        shape.corrupt_how |= corrupt_how::REPAIR;
+    }
 }
 
 fn set_delay(shape: &mut Shape, delay: &Delay) {

@@ -64,6 +64,7 @@ pub fn generate_name(rule: &Rule) -> String {
         Fault::None if rule.shaping.stall.is_some() => "stall",
         Fault::None if rule.shaping.mtu_blackhole.is_some() => "mtu-blackhole",
         Fault::None if rule.shaping.loss.is_some() => "loss",
+        Fault::None if rule.shaping.corrupt.is_some() => "corrupt",
         Fault::None if rule.shaping.duplicate.is_some() => "duplicate",
         Fault::None => "reorder",
     };

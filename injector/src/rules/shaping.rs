@@ -1,5 +1,5 @@
-//! Faults that a lane gives to single wire packets: loss by chance, duplication, delay, holding back. Their
-//! values, and their text form both ways.
+//! Faults that a lane gives to single wire packets: loss by chance, corruption, duplication, delay, holding back.
+//! Their values, and their text form both ways.
 
 use std::{fmt::Write as _, time::Duration};
 
@@ -17,6 +17,8 @@ pub struct Shaping {
     pub mtu_blackhole: Option<u32>,
     /// Loss by chance.
     pub loss: Option<Loss>,
+    /// Corruption.
+    pub corrupt: Option<Corrupt>,
     /// Duplication.
     pub duplicate: Option<Duplicate>,
     /// A line of limited rate.
@@ -58,6 +60,64 @@ pub enum Loss {
         /// From 1 to 4.
         p14: u64,
     },
+}
+
+/// Corruption.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Corrupt {
+    /// Of each packet, a threshold from 1 to 2^32.
+    pub probability: u64,
+    /// Distinct bits that are turned over: 1 to 32. In packets with fewer, all of those.
+    pub bits: u32,
+    /// Which bits.
+    pub part: Part,
+    /// What becomes of checksums.
+    pub checksum: Checksum,
+}
+
+/// A part of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum Part {
+    /// Headers and payload.
+    #[default]
+    Any,
+    /// IP with options or extension headers, and the header of the upper layer.
+    Header,
+    /// What follows them.
+    Payload,
+}
+
+impl Part {
+    const ALL: [Self; 3] = [Self::Any, Self::Header, Self::Payload];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Any => "any",
+            Self::Header => "header",
+            Self::Payload => "payload",
+        }
+    }
+}
+
+/// What becomes of the checksums of a corrupted packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum Checksum {
+    /// They stay as they were, so that the receiver's stack finds the error.
+    #[default]
+    Broken,
+    /// They are made right, so that the application gets wrong bytes.
+    Repaired,
+}
+
+impl Checksum {
+    const ALL: [Self; 2] = [Self::Broken, Self::Repaired];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Broken => "broken",
+            Self::Repaired => "repaired",
+        }
+    }
 }
 
 /// Duplication.
@@ -204,6 +264,9 @@ pub struct Stall {
 /// The queue in front of a line where none is asked for.
 const DEFAULT_QUEUE: Duration = Duration::from_millis(100);
 
+/// Bits of one packet that a rule turns over at most.
+pub const MAX_BITS: u32 = injector_common::layout::MAX_BITS;
+
 /// Copies of one packet at most.
 pub const MAX_COPIES: u32 = injector_common::layout::MAX_COPIES;
 
@@ -225,6 +288,7 @@ impl Shaping {
         self.loss.is_some()
             || self.mtu_blackhole.is_some()
             || self.rate.is_some()
+            || self.corrupt.is_some()
             || self.duplicate.is_some()
             || self.reorder.is_some()
             || self.delay.as_ref().is_some_and(Delay::varies)
@@ -248,6 +312,7 @@ impl Shaping {
         let shaping = Self {
             mtu_blackhole: mtu(spec)?,
             loss: field("loss", spec.loss.as_ref(), loss)?,
+            corrupt: corrupt(spec)?,
             duplicate: duplicate(spec)?,
             rate: rate_of(spec)?,
             delay: delay(spec)?,
@@ -283,6 +348,13 @@ impl Shaping {
             spec.stall = Some(duration::format(one.length));
             spec.every = one.every.map(duration::format);
         }
+        if let Some(one) = self.corrupt {
+            spec.corrupt = Some(share::format(one.probability));
+            spec.bits = (one.bits != 1).then_some(one.bits);
+            spec.part = (one.part != Part::Any).then(|| one.part.name().to_owned());
+            spec.checksum =
+                (one.checksum != Checksum::Broken).then(|| one.checksum.name().to_owned());
+        }
         if let Some(one) = self.duplicate {
             spec.duplicate = Some(share::format(one.probability));
             spec.copies = (one.copies != 1).then_some(one.copies);
@@ -317,6 +389,21 @@ impl Shaping {
                 Loss::Bernoulli(probability) => format!("lose {}", share::format(probability)),
                 _ => format!("lose by {}", loss.format()),
             });
+        }
+        if let Some(one) = self.corrupt {
+            let bits = match one.bits {
+                1 => "a bit".to_owned(),
+                bits => format!("{bits} bits"),
+            };
+            let part = match one.part {
+                Part::Any => String::new(),
+                part => format!(" of the {}", part.name()),
+            };
+            parts.push(format!(
+                "corrupt {bits}{part} in {}, checksums {}",
+                share::format(one.probability),
+                one.checksum.name()
+            ));
         }
         if let Some(one) = self.duplicate {
             let mut text = format!("duplicate {}", share::format(one.probability));
@@ -558,6 +645,40 @@ fn loss(text: &str) -> Result<Loss, Problem> {
     }
 }
 
+fn corrupt(spec: &FaultSpec) -> Result<Option<Corrupt>, SpecError> {
+    let Some(probability) = field("corrupt", spec.corrupt.as_ref(), share::parse)? else {
+        without("bits", spec.bits.is_some(), "corrupt")?;
+        without("where", spec.part.is_some(), "corrupt")?;
+        without("checksum", spec.checksum.is_some(), "corrupt")?;
+        return Ok(None);
+    };
+    let bits = spec.bits.unwrap_or(1);
+    if bits == 0 || bits > MAX_BITS {
+        let problem = Problem::new("is out of range", format!("1 to {MAX_BITS} bits"));
+        return Err(problem.of("bits", &bits.to_string()));
+    }
+    Ok(Some(Corrupt {
+        probability,
+        bits,
+        part: field("where", spec.part.as_ref(), |text| {
+            Part::ALL
+                .into_iter()
+                .find(|part| part.name() == text)
+                .ok_or_else(|| Problem::new("is not a part of a packet", "any, header or payload"))
+        })?
+        .unwrap_or_default(),
+        checksum: field("checksum", spec.checksum.as_ref(), |text| {
+            Checksum::ALL
+                .into_iter()
+                .find(|checksum| checksum.name() == text)
+                .ok_or_else(|| {
+                    Problem::new("is nothing that checksums can be", "broken or repaired")
+                })
+        })?
+        .unwrap_or_default(),
+    }))
+}
+
 fn duplicate(spec: &FaultSpec) -> Result<Option<Duplicate>, SpecError> {
     let Some(probability) = field("duplicate", spec.duplicate.as_ref(), share::parse)? else {
         without("copies", spec.copies.is_some(), "duplicate")?;
@@ -758,6 +879,8 @@ mod tests {
             r#"{"loss":"1%"}"#,
             r#"{"loss":"gemodel:1%,10%,100%,0%"}"#,
             r#"{"loss":"state:1%,20%,5%,90%,0.5%"}"#,
+            r#"{"corrupt":"0.1%"}"#,
+            r#"{"corrupt":"0.1%","bits":32,"where":"header","checksum":"repaired"}"#,
             r#"{"duplicate":"2%"}"#,
             r#"{"duplicate":"2%","copies":3,"copy_delay":"3s"}"#,
             r#"{"delay":"100ms"}"#,
@@ -815,6 +938,14 @@ mod tests {
             (r#"{"loss":"gemodel:1%,1%,1%,1%,1%"}"#, "loss"),
             (r#"{"loss":"markov:1%"}"#, "loss"),
             (r#"{"loss":"state:60%,1%,1%,1%,60%"}"#, "loss"),
+            (r#"{"corrupt":"0"}"#, "corrupt"),
+            (r#"{"bits":2}"#, "bits"),
+            (r#"{"corrupt":"1%","bits":0}"#, "bits"),
+            (r#"{"corrupt":"1%","bits":33}"#, "bits"),
+            (r#"{"where":"any"}"#, "where"),
+            (r#"{"corrupt":"1%","where":"trailer"}"#, "where"),
+            (r#"{"checksum":"broken"}"#, "checksum"),
+            (r#"{"corrupt":"1%","checksum":"right"}"#, "checksum"),
             (r#"{"copies":2}"#, "copies"),
             (r#"{"duplicate":"1%","copies":0}"#, "copies"),
             (r#"{"duplicate":"1%","copies":9}"#, "copies"),

@@ -197,6 +197,18 @@ pub struct FaultSpec {
     /// Packets are lost by chance: `1%`, `gemodel:p,r[,1-h[,1-k]]`, `state:p13[,p31[,p32[,p23[,p14]]]]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<String>,
+    /// Bits of packets are turned over by chance: `0.1%`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub corrupt: Option<String>,
+    /// Distinct bits of a corrupted packet, 1 to 32; 1 where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<u32>,
+    /// Which bits: `any` (the default), `header` or `payload`.
+    #[serde(default, rename = "where", skip_serializing_if = "Option::is_none")]
+    pub part: Option<String>,
+    /// `broken` (the default): the receiver's stack drops it; `repaired`: the application reads wrong bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checksum: Option<String>,
     /// Packets are duplicated by chance: `2%`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duplicate: Option<String>,

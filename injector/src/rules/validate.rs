@@ -28,7 +28,7 @@ const ICMPV6: Protocol = Protocol::Ip(58);
 
 const ONE_POSITION: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once, reject";
 const FAULTS: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once, reject; \
-                      and any of loss, duplicate, delay, reorder";
+                      and any of loss, corrupt, duplicate, delay, reorder";
 
 /// Draws a seed. Seeds stay below 2^53, which JSON readers that know only floating point numbers
 /// keep exact.

@@ -96,6 +96,8 @@ pub struct RuleCounters {
     pub queued_packets: u64,
     /// Marked (ECN).
     pub marked_packets: u64,
+    /// Corrupted.
+    pub corrupted_packets: u64,
     /// Held by a stall.
     pub stalled_packets: u64,
     /// Answered.

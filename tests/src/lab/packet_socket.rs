@@ -40,6 +40,22 @@ pub struct Receiver {
     sockets: Vec<OwnedFd>,
 }
 
+/// Sees whole frames at an interface, in the order in which they arrive there.
+#[derive(Debug)]
+pub struct Capture {
+    socket: OwnedFd,
+}
+
+/// A frame as it arrived.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// Its bytes, without a tag that is kept beside it.
+    pub bytes: Vec<u8>,
+    /// Whether the kernel takes its checksum for verified (`CHECKSUM_UNNECESSARY`).
+    pub verified: bool,
+    tag: Option<u16>,
+}
+
 /// A frame that arrived.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Arrival {
@@ -250,6 +266,56 @@ pub fn numbers(arrivals: &[Arrival]) -> BTreeSet<u32> {
     arrivals.iter().map(|arrival| arrival.number).collect()
 }
 
+impl Capture {
+    /// Opens one for frames of an ethertype at `eth0` of a namespace, as they are after the ingress hook.
+    pub fn open(ns: &Netns, ethertype: u16) -> Result<Self> {
+        let socket = ns.enter(|| {
+            let socket = open("eth0", ethertype)?;
+            let raw = socket.as_raw_fd();
+            set_option(raw, libc::SOL_PACKET, libc::PACKET_AUXDATA, 1)?;
+            set_option(raw, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, BUFFER)?;
+            Ok(socket)
+        })?;
+        Ok(Self { socket })
+    }
+
+    /// Opens one that sees everything *before* the ingress hook.
+    pub fn tap(ns: &Netns) -> Result<Self> {
+        Self::open(ns, ETH_ALL)
+    }
+
+    /// The frames to a hardware address, until there are `count` and then nothing more for `quiet`. Fails if there
+    /// are fewer after `within`.
+    pub fn frames_to(
+        &self,
+        mac: [u8; 6],
+        count: usize,
+        quiet: Duration,
+        within: Duration,
+    ) -> Result<Vec<Frame>> {
+        let began = Instant::now();
+        let mut last = began;
+        let mut frames = Vec::new();
+        loop {
+            if let Some(frame) = receive_frame(self.socket.as_raw_fd())? {
+                if frame.bytes.starts_with(&mac) {
+                    frames.push(frame);
+                    last = Instant::now();
+                }
+            } else if frames.len() >= count && last.elapsed() >= quiet {
+                return Ok(frames);
+            } else if began.elapsed() > within {
+                bail!(
+                    "{} frames of {count} arrived within {within:?}",
+                    frames.len()
+                );
+            } else {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+}
+
 /// What a look at a socket found.
 enum Received {
     /// No frame is waiting.
@@ -262,6 +328,20 @@ enum Received {
 
 /// Takes one frame if one is waiting.
 fn receive(socket: RawFd) -> Result<Received> {
+    let Some(frame) = receive_frame(socket)? else {
+        return Ok(Received::Nothing);
+    };
+    let Some(number) = frame::number_of(&frame.bytes) else {
+        return Ok(Received::Foreign);
+    };
+    Ok(Received::Ours(Arrival {
+        number,
+        tag: frame.tag,
+        length: frame.bytes.len(),
+    }))
+}
+
+fn receive_frame(socket: RawFd) -> Result<Option<Frame>> {
     // The lab's MTU is at most 9000.
     let mut bytes = [0_u8; 16_384];
     let mut control = [0_u64; 16];
@@ -280,15 +360,13 @@ fn receive(socket: RawFd) -> Result<Received> {
     if got < 0 {
         let error = io::Error::last_os_error();
         return match error.kind() {
-            io::ErrorKind::WouldBlock => Ok(Received::Nothing),
+            io::ErrorKind::WouldBlock => Ok(None),
             _ => Err(error).context("recvmsg(AF_PACKET)"),
         };
     }
     let length = usize::try_from(got)?;
-    let Some(number) = frame::number_of(&bytes[..length]) else {
-        return Ok(Received::Foreign);
-    };
     let mut tag = None;
+    let mut verified = false;
     // SAFETY: the kernel filled the control buffer; the macros walk it within msg_controllen.
     unsafe {
         let mut header = libc::CMSG_FIRSTHDR(&raw const message);
@@ -302,14 +380,15 @@ fn receive(socket: RawFd) -> Result<Received> {
                 if aux.tp_status & libc::TP_STATUS_VLAN_VALID != 0 {
                     tag = Some(aux.tp_vlan_tci & 0xfff);
                 }
+                verified = aux.tp_status & libc::TP_STATUS_CSUM_VALID != 0;
             }
             header = libc::CMSG_NXTHDR(&raw const message, header);
         }
     }
-    Ok(Received::Ours(Arrival {
-        number,
+    Ok(Some(Frame {
+        bytes: bytes[..length].to_vec(),
+        verified,
         tag,
-        length,
     }))
 }
 

@@ -2,6 +2,7 @@
 //! implementation of `SipHash`, models of loss as the man page of netem has them. Shares no code with the injector.
 
 use std::{
+    collections::BTreeSet,
     hash::Hasher as _,
     net::{IpAddr, SocketAddr},
 };
@@ -63,10 +64,18 @@ impl Stream {
         Self { keys, stream }
     }
 
+    fn bits(&self, n: u64, purpose: &str, more: u64) -> u64 {
+        let shift = match purpose {
+            "delay" | "bit" => 16,
+            _ => 0,
+        };
+        let purpose = letters(purpose) << shift | more;
+        siphash(self.keys, &[self.stream, n, purpose])
+    }
+
     /// The upper and the lower 32 bits drawn for packet `n`.
     fn draw(&self, n: u64, purpose: &str, more: u64) -> (f64, f64) {
-        let purpose = letters(purpose) << if purpose == "delay" { 16 } else { 0 } | more;
-        let bits = siphash(self.keys, &[self.stream, n, purpose]);
+        let bits = self.bits(n, purpose, more);
         let share = |bits: u64| {
             f64::from(u32::try_from(bits & 0xffff_ffff).unwrap_or(u32::MAX)) / 4_294_967_296.0
         };
@@ -119,6 +128,29 @@ impl Stream {
     #[must_use]
     pub fn duplicates(&self, n: u64, probability: f64) -> bool {
         self.draw(n, "chance", 0).0 < probability
+    }
+
+    /// Whether packet `n` is corrupted.
+    #[must_use]
+    pub fn corrupts(&self, n: u64, probability: f64) -> bool {
+        self.draw(n, "corrupt", 0).0 < probability
+    }
+
+    /// At which of these positions bits of packet `n` are turned over, if it is corrupted: `count` of them, by
+    /// Floyd's algorithm.
+    #[must_use]
+    pub fn flips(&self, n: u64, count: usize, positions: &[usize]) -> BTreeSet<usize> {
+        let count = count.min(positions.len());
+        let mut chosen = BTreeSet::new();
+        for (round, last) in (0..).zip(positions.len() - count..positions.len()) {
+            let draw = u128::from(self.bits(n, "bit", round) >> 20);
+            let number = (draw * (last as u128 + 1)) >> 44;
+            let number = usize::try_from(number).unwrap_or(usize::MAX);
+            if !chosen.insert(number) {
+                chosen.insert(last);
+            }
+        }
+        chosen.into_iter().map(|number| positions[number]).collect()
     }
 
     /// Whether packet `n` is held back.

@@ -10,6 +10,7 @@
 
 mod answering;
 mod compare;
+pub mod datagram;
 mod decide;
 mod flow;
 pub mod line;

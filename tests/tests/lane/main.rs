@@ -5,6 +5,7 @@
 //! drops packets while one is made or deleted, and here each packet is accounted for.
 
 mod chance;
+mod corrupt;
 mod delay;
 mod life;
 mod order;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         delay::tests,
         order::tests,
         chance::tests,
+        corrupt::tests,
         life::tests,
     ] {
         trials.extend(tests());
