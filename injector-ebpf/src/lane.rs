@@ -44,7 +44,7 @@ const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
 const INDEX_MASK: u32 = 0xffff;
 
 /// Skbs longer than this, with their link-layer header, are cut up before a VLAN device sends them, as its
-/// `gso_max_size` has it (`gso_features_check`, net/core/dev.c, from 6.1 on): BIG TCP.
+/// `gso_max_size` has it (`gso_features_check`, net/core/dev.c, 6.7 and later releases of 6.1): BIG TCP.
 const LONGEST: u32 = 0xffff;
 
 /// Bytes of a VLAN tag.
