@@ -6,9 +6,13 @@
 
 mod chance;
 mod delay;
+mod kinds;
 mod life;
 mod order;
+mod queues;
 mod smoke;
+mod undo;
+mod way_back;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -26,6 +30,10 @@ fn main() -> ExitCode {
         order::tests,
         chance::tests,
         life::tests,
+        queues::tests,
+        way_back::tests,
+        kinds::tests,
+        undo::tests,
     ] {
         trials.extend(tests());
     }
