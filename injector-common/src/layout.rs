@@ -306,10 +306,10 @@ pub mod lane_mark {
     }
 }
 
-/// Part of a priority that qdiscs choose by: `TC_PRIO_MAX`, include/uapi/linux/pkt_sched.h.
+/// Part of a priority that qdiscs choose by: `TC_PRIO_MAX`, `include/uapi/linux/pkt_sched.h`.
 pub const PRIORITY_CLASS: u32 = 15;
 /// `TC_PRIO_CONTROL`. Up to 6.6 fq sends packets of this priority at once, whatever their departure time
-/// (`fq_classify`, net/sched/sch_fq.c).
+/// (`fq_classify`, `net/sched/sch_fq.c`).
 pub const PRIORITY_CONTROL: u32 = 7;
 /// What stands in its place while a lane holds the packet; fq gives it no special treatment.
 pub const PRIORITY_HELD: u32 = 15;

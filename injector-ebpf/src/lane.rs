@@ -52,7 +52,7 @@ const TURN: u64 = 0xff51_afd7_ed55_8ccd;
 const INDEX_MASK: u32 = 0xffff;
 
 /// Skbs longer than this, with their link-layer header, are cut up before a VLAN device sends them, as its
-/// `gso_max_size` has it (`gso_features_check`, net/core/dev.c, from 6.1 on): BIG TCP.
+/// `gso_max_size` has it (`gso_features_check`, net/core/dev.c, 6.7 and later releases of 6.1): BIG TCP.
 const LONGEST: u32 = 0xffff;
 
 /// Bytes of a VLAN tag.

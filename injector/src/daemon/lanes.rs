@@ -54,9 +54,10 @@ const BURST: u64 = 16_384;
 /// The limits of queues that hold packets for so long, `most` packets at most.
 fn limits(hold: Duration, most: u32) -> FqLimits {
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-    let packets = micros(hold).saturating_mul(PACKETS_PER_SECOND / 1_000_000) + BURST;
-    let paced = Duration::from_nanos(PACED_MOST_NS);
-    let horizon = hold.saturating_add(paced).saturating_add(MARGIN);
+    let packets = micros(hold)
+        .saturating_mul(PACKETS_PER_SECOND / 1_000_000)
+        .saturating_add(BURST);
+    let horizon = hold.saturating_add(Duration::from_nanos(PACED_MOST_NS));
     FqLimits {
         packets: u32::try_from(packets).unwrap_or(u32::MAX).min(most),
         horizon_us: u32::try_from(micros(horizon)).unwrap_or(u32::MAX),
@@ -453,13 +454,13 @@ mod tests {
     fn limits_follow_what_is_held() {
         let usual = limits(Duration::ZERO, 1 << 18);
         assert_eq!(u64::from(usual.packets), BURST);
-        assert_eq!(usual.horizon_us, 10_050_000);
+        assert_eq!(usual.horizon_us, 10_000_000);
         let longer = limits(Duration::from_millis(10), 1 << 18);
         assert_eq!(u64::from(longer.packets), BURST + 40_000);
-        assert_eq!(longer.horizon_us, 10_060_000);
+        assert_eq!(longer.horizon_us, 10_010_000);
         // As many as are allowed, and no overflow.
-        let long = limits(Duration::from_mins(60), 1000);
-        assert_eq!((long.packets, long.horizon_us), (1000, 3_610_050_000));
+        let long = limits(Duration::from_hours(1), 1000);
+        assert_eq!((long.packets, long.horizon_us), (1000, 3_610_000_000));
         let longest = limits(Duration::MAX, u32::MAX);
         assert_eq!((longest.packets, longest.horizon_us), (u32::MAX, u32::MAX));
         assert_eq!(greater(usual, long).packets, usual.packets);

@@ -1267,6 +1267,43 @@ fn ended_rules_are_forgotten_in_the_end() {
     assert_eq!(names.last().unwrap(), "r299-3");
 }
 
+#[test]
+fn lanes_are_limited_by_what_the_rules_hold() {
+    let mut bench = bench();
+    let delayed = |name: &str, delay: &str| {
+        let mut asked = rule(name, "eth0");
+        asked["fault"] = json!({"delay": delay});
+        asked
+    };
+    bench.add(&json!([delayed("short", "1ms")]));
+    let short = bench.world().queue_limits.unwrap();
+    bench.add(&json!([delayed("long", "1s")]));
+    let long = bench.world().queue_limits.unwrap();
+    // As many packets as one lane may hold here.
+    assert!(short.packets < long.packets && long.packets == 100_000);
+    assert_eq!(long.horizon_us - short.horizon_us, 1_000_000);
+    let bounds = |bench: &Bench| bench.world().bounds[&LaneNumber(0)];
+    assert_eq!(
+        bounds(&bench),
+        LaneBounds {
+            packets: 100_000,
+            bytes: 1 << 20,
+        }
+    );
+    // More is held than the lower limit lets in: fq would drop it.
+    bench.world().load = 90_000 * lane_load::of(64);
+    bench.ask("heal", &json!({"names": ["long"]})).unwrap();
+    bench.pass(3);
+    assert_eq!(bounds(&bench).packets, short.packets);
+    assert_eq!(bench.world().queue_limits.unwrap().packets, long.packets);
+    // What a device has lost is still in the account, and nothing in the queues.
+    bench.world().load = lane_load::of(64);
+    bench.pass(2);
+    assert_eq!(bench.world().queue_limits, Some(short));
+    bench.pass(2);
+    assert_eq!(bench.world().load, 0);
+}
+
 /// The whole daemon behind its socket, apart from the kernel.
 mod served {
     use std::path::Path;

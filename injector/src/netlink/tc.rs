@@ -42,7 +42,7 @@ const TCA_FQ_BUCKETS_LOG: u16 = 8;
 const TCA_FQ_ORPHAN_MASK: u16 = 10;
 const TCA_FQ_HORIZON: u16 = 14;
 const TCA_FQ_PRIOMAP: u16 = 16;
-/// `FQ_BUCKETS_LOG` at most (`fq_policy` and `fq_change`, net/sched/sch_fq.c, 6.1).
+/// `FQ_BUCKETS_LOG` at most (`fq_policy` and `fq_change`, `net/sched/sch_fq.c`, 6.1).
 const MAX_BUCKETS_LOG: u32 = 18;
 /// `struct tc_prio_qopt`: three bands, as fq has them, and every priority in the first of them.
 const FQ_ONE_BAND: [u8; 20] = {
@@ -473,7 +473,7 @@ impl FqLimits {
 
 /// Adds fq as the root of an interface or, where it has several queues, mq with one fq a queue. They pace by
 /// departure times alone. The interface is down: grafting a child takes its queue out of service (`mq_graft`,
-/// net/sched/sch_mq.c).
+/// `net/sched/sch_mq.c`).
 pub fn add_fq(ifindex: u32, queues: u32, limits: FqLimits) -> Result<(), NetlinkError> {
     if queues > 1 {
         let what = format!("add qdisc mq to interface {ifindex}");
@@ -507,7 +507,7 @@ pub fn add_fq(ifindex: u32, queues: u32, limits: FqLimits) -> Result<(), Netlink
 }
 
 /// Gives what [`add_fq`] has made other limits. What it holds stays, up to the new limit: what is beyond that is
-/// dropped (`fq_change`, net/sched/sch_fq.c).
+/// dropped (`fq_change`, `net/sched/sch_fq.c`).
 pub fn change_fq(ifindex: u32, queues: u32, limits: FqLimits) -> Result<(), NetlinkError> {
     fq_parents(queues).try_for_each(|parent| {
         let what = format!("change qdisc fq of interface {ifindex}");
@@ -567,7 +567,7 @@ pub struct QdiscStats {
 }
 
 /// The counters of an interface's root qdisc; those of mq are the sums of its children's (`mq_dump`,
-/// net/sched/sch_mq.c).
+/// `net/sched/sch_mq.c`).
 pub fn root_stats(ifindex: u32) -> Result<QdiscStats, NetlinkError> {
     let what = format!("read the counters of the qdisc of interface {ifindex}");
     let request = Header {

@@ -22,6 +22,7 @@ pub mod process;
 pub mod redis;
 pub mod scratch;
 pub mod services;
+pub mod skb_field;
 pub mod snapshot;
 pub mod stream;
 pub mod sweep;

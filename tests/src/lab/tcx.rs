@@ -79,26 +79,31 @@ fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
     }
 }
 
+/// Loads a TC program.
+pub(super) fn load(instructions: &[u64]) -> Result<OwnedFd> {
+    let mut name = [0; 16];
+    name[..8].copy_from_slice(b"labtests");
+    bpf(
+        PROG_LOAD,
+        &ProgLoad {
+            kind: SCHED_CLS,
+            instruction_count: u32::try_from(instructions.len())?,
+            instructions: instructions.as_ptr() as u64,
+            license: c"GPL".as_ptr() as u64,
+            name,
+            ..ProgLoad::default()
+        },
+    )
+    .with_context(|| format!("loading a program of {} instructions", instructions.len()))
+}
+
 impl TcxProgram {
     /// Attaches a program that returns `verdict` for everything (`-1`: next, 0: pass, 2: drop). `None`
     /// where the kernel knows no TCX.
     pub fn attach(ns: &Netns, interface: &str, egress: bool, verdict: i32) -> Result<Option<Self>> {
         // r0 = verdict; exit
         let instructions: [u64; 2] = [0xb7 | u64::from(verdict.cast_unsigned()) << 32, 0x95];
-        let mut name = [0; 16];
-        name[..8].copy_from_slice(b"labtests");
-        let program = bpf(
-            PROG_LOAD,
-            &ProgLoad {
-                kind: SCHED_CLS,
-                instruction_count: 2,
-                instructions: instructions.as_ptr() as u64,
-                license: c"GPL".as_ptr() as u64,
-                name,
-                ..ProgLoad::default()
-            },
-        )
-        .context("loading a program of two instructions")?;
+        let program = load(&instructions)?;
         let link = ns.enter(|| {
             let attributes = LinkCreate {
                 program: program.as_raw_fd().cast_unsigned(),

@@ -77,6 +77,12 @@ impl Timed {
         })
     }
 
+    /// The socket that sends, for its options.
+    #[must_use]
+    pub fn sender(&self) -> &UdpSocket {
+        &self.sender
+    }
+
     /// Sends datagrams of these numbers, one after the other, each so long after the one before.
     pub fn send(&self, numbers: impl IntoIterator<Item = u32>, gap: Duration) -> Result<Vec<Sent>> {
         let mut sent = Vec::new();

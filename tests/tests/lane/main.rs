@@ -7,9 +7,13 @@
 mod chance;
 mod corrupt;
 mod delay;
+mod kinds;
 mod life;
 mod order;
+mod queues;
 mod smoke;
+mod undo;
+mod way_back;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -28,6 +32,10 @@ fn main() -> ExitCode {
         chance::tests,
         corrupt::tests,
         life::tests,
+        queues::tests,
+        way_back::tests,
+        kinds::tests,
+        undo::tests,
     ] {
         trials.extend(tests());
     }
