@@ -18,8 +18,8 @@ use super::{
     host::{Host, Topology},
     lease::LeaseView,
     plane::{
-        ActiveRule, Committed, Exemption, LaneDevices, LeaseSwitch, Limits, Plane, RuleSlot,
-        TargetConfig, TargetSlot,
+        ActiveRule, Committed, Exemption, Histograms, LaneDevices, LeaseSwitch, Limits, Plane,
+        RuleSlot, TargetConfig, TargetSlot,
     },
     protect::Protection,
     state::{Origin, Reply, Settings, State},
@@ -130,6 +130,9 @@ impl Plane for FakePlane {
             world.counters.get(&slot).copied().unwrap_or_default(),
             RuleCounters::default(),
         ])
+    }
+    fn rule_histograms(&self, _: RuleSlot) -> Box<Histograms> {
+        Box::default()
     }
     fn target_counters(&self, _: TargetSlot) -> Result<[TargetCounters; 2], ErrorBody> {
         Ok([

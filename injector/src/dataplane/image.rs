@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use injector_common::layout::{Bitmap, Class, PORT_CLASSES, PROTOCOL_CLASSES, RuleEntry, Shape};
 
-use super::values::TargetSlot;
+use super::{traces::Traces, values::TargetSlot};
 
 /// A prefix of the trie: family ([`injector_common::layout::family`]), address (IPv4 in the upper 32 bits)
 /// and length.
@@ -44,6 +44,8 @@ pub struct Image {
     pub rules: BTreeMap<u32, RuleEntry>,
     /// What rules do in lanes, by the same slots.
     pub shapes: BTreeMap<u32, Shape>,
+    /// Traces of the rules' rates.
+    pub traces: Traces,
 }
 
 impl Default for Image {
@@ -56,6 +58,7 @@ impl Default for Image {
             bitmaps: BTreeMap::new(),
             rules: BTreeMap::new(),
             shapes: BTreeMap::new(),
+            traces: Traces::new(),
         }
     }
 }

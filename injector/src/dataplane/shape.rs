@@ -3,19 +3,19 @@
 use std::time::Duration;
 
 use injector_common::layout::{
-    BYTE_TIME_SCALE, DISTRIBUTION_SCALE, Shape, loss_model, needs, rate_share, stage,
+    BYTE_TIME_SCALE, DISTRIBUTION_SCALE, Shape, loss_model, needs, queue_limit, rate_share, stage,
 };
 
 use super::distribution;
 use crate::rules::{
     model::{Fault, Rule},
-    shaping::{Delay, Loss, Order, Rate, RateShare, Shaping},
+    shaping::{Delay, Loss, Order, QueueLimit, Rate, RateShare, Shaping, Speed},
 };
 
 /// What a rule needs beyond its targets' hooks.
 pub(super) fn needs(rule: &Rule) -> u32 {
     let mut bits = 0;
-    if !rule.shaping.is_empty() {
+    if rule.shaping.needs_lane() {
         bits |= needs::LANE;
     }
     let by_position = !matches!(rule.fault, Fault::Cut | Fault::None);
@@ -25,7 +25,7 @@ pub(super) fn needs(rule: &Rule) -> u32 {
     bits
 }
 
-/// The table's entry of a rule.
+/// The table's entry of a rule. Where its trace is among all of them is filled in by whoever finds it room.
 #[must_use]
 pub fn shape(shaping: &Shaping) -> Shape {
     let mut shape = Shape::default();
@@ -56,10 +56,6 @@ pub fn shape(shaping: &Shaping) -> Shape {
         shape.duplicate = one.probability;
         shape.copies = one.copies;
         shape.copy_delay_ns = nanoseconds(one.copy_delay);
-    }
-    if let Some(bytes) = shaping.mtu_blackhole {
-        shape.stages |= stage::MTU;
-        shape.mtu = bytes;
     }
     if let Some(rate) = &shaping.rate {
         shape.stages |= stage::RATE;
@@ -95,15 +91,28 @@ fn set_delay(shape: &mut Shape, delay: &Delay) {
 }
 
 fn set_rate(shape: &mut Shape, rate: &Rate) {
-    let byte = u128::from(8_000_000_000_u64) << BYTE_TIME_SCALE;
-    shape.byte_time = u64::try_from(byte / u128::from(rate.bits.max(1))).unwrap_or(u64::MAX);
+    match &rate.speed {
+        Speed::Constant(bits) => {
+            let byte = u128::from(8_000_000_000_u64) << BYTE_TIME_SCALE;
+            shape.byte_time = u64::try_from(byte / u128::from((*bits).max(1))).unwrap_or(u64::MAX);
+        }
+        Speed::Trace(trace) => {
+            shape.trace_length = trace.len();
+            shape.trace_period_ns = nanoseconds(trace.period());
+        }
+    }
     shape.overhead = rate.overhead;
     shape.rate_share = match rate.share {
         RateShare::Rule => rate_share::RULE,
         RateShare::Flow => rate_share::FLOW,
         RateShare::Peer => rate_share::PEER,
     };
-    shape.queue_ns = nanoseconds(rate.longest_wait());
+    (shape.queue_limit, shape.queue) = match rate.queue {
+        QueueLimit::Time(time) => (queue_limit::TIME, nanoseconds(time)),
+        QueueLimit::Bytes(bytes) => (queue_limit::BYTES, bytes),
+        QueueLimit::Packets(packets) => (queue_limit::PACKETS, u64::from(packets)),
+    };
+    shape.longest_ns = nanoseconds(rate.longest_wait());
     shape.ecn_ns = rate.ecn.map_or(u64::MAX, nanoseconds);
 }
 
