@@ -7,8 +7,12 @@
 mod chance;
 mod delay;
 mod life;
+mod mtu;
 mod order;
+mod queue;
+mod rate;
 mod smoke;
+mod stall;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -26,6 +30,10 @@ fn main() -> ExitCode {
         order::tests,
         chance::tests,
         life::tests,
+        rate::tests,
+        queue::tests,
+        stall::tests,
+        mtu::tests,
     ] {
         trials.extend(tests());
     }
