@@ -16,13 +16,15 @@ use crate::{
     holders,
     layout::{
         BITMAP_EMPTY, BITMAP_UNPROTECTED, BITMAP_WORDS, Bitmap, Class, Config, Connection,
-        Distribution, EXEMPT_WORDS, FlowEntry, FlowKey, Flushed, FragmentKey, Held, MAX_CANDIDATES,
-        MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS, NO_PORT, PORT_CLASSES, PROTOCOL_CLASSES, Prefix,
-        RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper, answer,
-        family, fault, hook, identity, kind, needs, role, rule_flag, state_site, upper_has,
+        Distribution, EXEMPT_WORDS, FlowEntry, FlowKey, Flushed, FragmentKey, Held, Histograms,
+        MAX_CANDIDATES, MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS, NO_PORT, PORT_CLASSES,
+        PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target,
+        TargetCounters, Upper, answer, family, fault, hook, identity, kind, needs, role, rule_flag,
+        state_site, upper_has,
     },
     line::Line,
     packet::{Fragment, MAX_VLAN_TAGS, Packet, Parsed, Unparsed, Window, parse},
+    rate::Search,
     segments::{Matched, Meta, Segments, matching},
 };
 
@@ -133,6 +135,10 @@ pub trait Tables {
     ///
     /// The pointer is valid and aligned.
     unsafe fn increment(&self, word: *mut u64, by: u64) -> u64;
+    /// When an opportunity of a trace comes, nanoseconds into the trace; by its place among those of all traces.
+    fn trace(&self, index: u32) -> Option<u64>;
+    /// Histograms of a rule, by slot among the rules.
+    fn histograms(&self, slot: u32) -> Option<*mut Histograms>;
     /// Counters of a rule, by slot and direction.
     fn rule_counters(&self, index: u32) -> Option<*mut RuleCounters>;
     /// Counters of a target, by slot and direction.
@@ -224,6 +230,8 @@ pub struct Work {
     pub answer_slot: u32,
     /// What becomes of it in the lane.
     pub line: Line,
+    /// A search in a trace.
+    pub search: Search,
 }
 
 /// Decides about a packet, and counts.
@@ -656,7 +664,7 @@ pub(crate) fn identify(rule: &RuleEntry, work: &mut Work) {
     work.state = StateKey {
         flow: work.key,
         activation: rule.activation,
-        reserved: 0,
+        index: 0,
     };
     if rule.identity == identity::SERVICE {
         fate::make_service(&mut work.state.flow);
@@ -708,12 +716,24 @@ fn judge<T: Tables>(
         work.full += 1;
         if fate::hits_all(rule) { packets } else { 0 }
     };
+    let too_long = too_long(rule, &work.segments, packets);
+    counters.too_long_packets += too_long;
     if hits != 0 {
         counters.cut_packets += hits;
         counters.cut_bytes += all_bytes + all * frame;
-        counters.excess_packets += all - hits;
     }
-    hits
+    let lost = if hits > too_long { hits } else { too_long };
+    if lost != 0 {
+        counters.excess_packets += all - lost;
+    }
+    lost
+}
+
+/// How many of an skb's wire packets, of which a rule matches `packets`, are too long for it.
+#[inline(always)]
+pub(crate) fn too_long(rule: &RuleEntry, segments: &Segments, packets: u64) -> u64 {
+    let longer = u64::from(segments.longer(rule.mtu));
+    if longer < packets { longer } else { packets }
 }
 
 /// Gives a fragment what its first one had, or remembers it for those that follow.
@@ -921,7 +941,7 @@ fn in_share<T: Tables>(tables: &T, rule: &RuleEntry, work: &mut Work) -> u64 {
     work.state = StateKey {
         flow: work.key,
         activation: rule.activation,
-        reserved: 0,
+        index: 0,
     };
     let ordinal = if rule.identity == identity::ORDINAL {
         ordinal(tables, work)

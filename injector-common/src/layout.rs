@@ -12,6 +12,8 @@
 
 use core::mem::{offset_of, size_of};
 
+use crate::histogram::BUCKETS;
+
 /// Rules at most. One bit of a [`Bitmap`] each.
 pub const MAX_RULES: u32 = 1024;
 /// Exemptions at most (the protect list). They have the lowest slots, so that one pass over a bitmap knows
@@ -383,8 +385,8 @@ pub struct StateKey {
     pub flow: FlowKey,
     /// [`RuleEntry::activation`] of the rule.
     pub activation: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Place in a [`state_site::RING`]; else 0.
+    pub index: u32,
 }
 
 /// What a [`StateKey`] is about, in the place of the site.
@@ -400,8 +402,13 @@ pub mod state_site {
     /// The rule as a whole.
     pub const RULE: u16 = 4;
     /// The line of a rule with a rate, for packets leaving; one more for those arriving. The number is when it is
-    /// free, `CLOCK_MONOTONIC` in nanoseconds.
+    /// free, `CLOCK_MONOTONIC` in nanoseconds; under a trace it is how far into the trace it is taken, in bytes
+    /// ([`super::OPPORTUNITY_BYTES`] to each opportunity since the activation).
     pub const LINE: u16 = 5;
+    /// The last packets that a line has taken, where its queue is limited in packets; for packets leaving, one more
+    /// for those arriving. [`super::StateKey::index`] 0: how many there have been. From 1 on: a ring of when each
+    /// of the last ones had its turn, `CLOCK_MONOTONIC` in nanoseconds.
+    pub const RING: u16 = 7;
 }
 
 /// State of a flow under a rule.
@@ -413,7 +420,8 @@ pub struct State {
     pub n: u64,
     /// When it was last used, `CLOCK_MONOTONIC` in nanoseconds.
     pub last_ns: u64,
-    /// [`crate::shape::stream`] of the flow under the rule; 0 while nobody has asked for it.
+    /// [`crate::shape::stream`] of the flow under the rule; 0 while nobody has asked for it. Of a line
+    /// ([`state_site::LINE`], [`state_site::RING`]): until when it is of use, `CLOCK_MONOTONIC` in nanoseconds.
     pub stream: u64,
 }
 
@@ -614,6 +622,23 @@ pub mod rate_share {
     pub const PEER: u32 = 2;
 }
 
+/// Values of [`Shape::queue_limit`]: in what the queue in front of a line is limited.
+pub mod queue_limit {
+    /// Nanoseconds until it is a packet's turn.
+    pub const TIME: u32 = 0;
+    /// Bytes that are to go before the packet, and its own; an idle line takes any packet.
+    pub const BYTES: u32 = 1;
+    /// Packets that wait, the one on the line not counted.
+    pub const PACKETS: u32 = 2;
+}
+
+/// Opportunities of all traces together.
+pub const TRACE_ENTRIES: u32 = 1 << 20;
+/// Opportunities of one trace.
+pub const MAX_TRACE: u32 = 1 << 18;
+/// What one opportunity of a trace carries (`PACKET_SIZE`, `src/frontend/link_queue.hh` in Mahimahi).
+pub const OPPORTUNITY_BYTES: u64 = 1504;
+
 /// Bits behind the binary point of [`Shape::byte_time`].
 pub const BYTE_TIME_SCALE: u32 = 20;
 
@@ -688,16 +713,26 @@ pub struct Shape {
     pub hold_ns: u64,
     /// 1 where a packet may overtake earlier ones of its flow, 0 where order is kept.
     pub free_order: u32,
-    /// The longest IP packet that passes, in bytes.
-    pub mtu: u32,
-    /// Time of one byte on the line, nanoseconds with [`BYTE_TIME_SCALE`] bits behind the binary point.
+    /// [`queue_limit`].
+    pub queue_limit: u32,
+    /// Time of one byte on the line, nanoseconds with [`BYTE_TIME_SCALE`] bits behind the binary point. Unused under
+    /// a trace.
     pub byte_time: u64,
-    /// Bytes by which a packet is longer on the line than its frame.
-    pub overhead: u32,
+    /// Bytes by which a packet is longer on the line than its frame, or under a trace than its IP packet; may be
+    /// negative.
+    pub overhead: i32,
     /// [`rate_share`].
     pub rate_share: u32,
-    /// The longest that a packet may wait for the line, nanoseconds; it is lost if it would have to wait longer.
-    pub queue_ns: u64,
+    /// Limit of the queue, in what `queue_limit` says.
+    pub queue: u64,
+    /// However the queue is limited: a packet that would have to wait longer is lost, nanoseconds.
+    pub longest_ns: u64,
+    /// First entry of the trace among all of them.
+    pub trace_start: u32,
+    /// Opportunities in the trace; 0 where there is none, and the rate is constant.
+    pub trace_length: u32,
+    /// After how long the trace begins again: the time of its last opportunity, nanoseconds.
+    pub trace_period_ns: u64,
     /// Packets that wait longer are marked (ECN), nanoseconds; `u64::MAX` for never.
     pub ecn_ns: u64,
     /// How long everything is held, nanoseconds.
@@ -732,8 +767,8 @@ pub struct RuleEntry {
     pub identity: u32,
     /// [`needs`].
     pub needs: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// The longest IP packet that passes, in bytes; 0 for any.
+    pub mtu: u32,
     /// First half of the key of the random stream ([`crate::siphash::rule_key`]).
     pub key0: u64,
     /// Second half.
@@ -812,8 +847,14 @@ pub struct RuleCounters {
     pub too_long_packets: u64,
     /// Packets that went through a line of limited rate.
     pub queued_packets: u64,
+    /// Their bytes, as the line counts them.
+    pub queued_bytes: u64,
     /// How long they waited for it together, nanoseconds.
     pub queued_ns: u64,
+    /// The longest of these waits.
+    pub queued_max_ns: u64,
+    /// How long the line was busy with them, nanoseconds.
+    pub busy_ns: u64,
     /// Packets that were lost because its queue was full.
     pub overflow_packets: u64,
     /// Packets that were marked (ECN).
@@ -824,10 +865,34 @@ pub struct RuleCounters {
     pub answered_packets: u64,
     /// Packets of which bits were turned over.
     pub corrupted_packets: u64,
+    /// For how long together, nanoseconds.
+    pub stalled_ns: u64,
+    /// The longest that a packet was delayed, held back and stalled together, nanoseconds.
+    pub given_max_ns: u64,
     /// When the first packet matched, `CLOCK_MONOTONIC` in nanoseconds; 0 for never.
     pub first_ns: u64,
     /// When the last packet matched.
     pub last_ns: u64,
+}
+
+/// How times are spread, of one rule in both directions: wire packets by [`crate::histogram::bucket`] of
+/// nanoseconds.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Histograms {
+    /// What the rule itself delayed them by: delay, holding back and stall together.
+    pub given: [u64; BUCKETS],
+    /// What they waited for its line, from their arrival until their turn.
+    pub queued: [u64; BUCKETS],
+}
+
+impl Default for Histograms {
+    fn default() -> Self {
+        Self {
+            given: [0; BUCKETS],
+            queued: [0; BUCKETS],
+        }
+    }
 }
 
 /// What was seen at a target in one direction, on one CPU, while there were rules. Wire packets.
@@ -875,13 +940,14 @@ const _: () = {
     assert!(size_of::<LaneLoad>() == 32);
     assert!(size_of::<Held>() == 32);
     assert!(size_of::<Flushed>() == 16);
-    assert!(size_of::<Shape>() == 184);
+    assert!(size_of::<Shape>() == 208);
+    assert!(size_of::<Histograms>() == 2 * 8 * BUCKETS);
     assert!(size_of::<Distribution>() == 4 * (DISTRIBUTION_STEPS + 2));
     assert!(size_of::<Connection>() == 16);
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<Upper>() == 8);
     assert!(size_of::<RuleEntry>() == 280 && offset_of!(RuleEntry, dscp) == 144);
-    assert!(size_of::<RuleCounters>() == 200);
+    assert!(size_of::<RuleCounters>() == 240);
     assert!(size_of::<TargetCounters>() == 96);
 };
 
@@ -889,8 +955,8 @@ const _: () = {
 mod pod {
     use super::{
         Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, Flushed, FragmentKey,
-        Held, LaneLoad, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target,
-        TargetCounters, Upper,
+        Held, Histograms, LaneLoad, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey,
+        Target, TargetCounters, Upper,
     };
 
     macro_rules! pod {
@@ -912,6 +978,7 @@ mod pod {
         FragmentKey,
         Held,
         LaneLoad,
+        Histograms,
         Prefix,
         RuleCounters,
         RuleEntry,

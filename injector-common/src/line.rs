@@ -16,15 +16,18 @@ use crate::{
     corrupt::{Ground, Repair, choose},
     decide::{
         Step, Tables, Work, acts, candidates, count_matched, every, follow_fragment, identify,
-        matched, ordinal, read_once,
+        matched, ordinal, read_once, too_long,
     },
-    fate, holders,
+    fate,
+    histogram::{BUCKETS, bucket},
+    holders,
     layout::{
         DISTRIBUTION_NORMAL, DISTRIBUTION_NORMAL_CDF, FlowKey, MAX_BITS, MAX_CANDIDATES,
-        MAX_COPIES, MAX_SLOTS, RuleCounters, RuleEntry, Shape, StateKey, corrupt_how, fault, hook,
-        identity, rate_share, stage, state_site,
+        MAX_COPIES, MAX_EXEMPTIONS, MAX_SLOTS, RuleCounters, RuleEntry, Shape, corrupt_how, fault,
+        identity, stage, state_site,
     },
     packet::{Fragment, Packet, Unparsed, parse},
+    rate::Queue,
     segments::{Meta, Segments},
     shape::{self, Memory, purpose},
 };
@@ -72,7 +75,7 @@ pub struct Line {
     pub complete: u32,
     /// [`stage`] of the rules that act on it, together.
     pub stages: u32,
-    /// Whether it is to be marked (ECN).
+    /// The candidates that ask for it to be marked (ECN), one bit each.
     pub mark: u32,
     /// When the copy at hand is through the lines of the rules so far; 0 if it was lost there.
     pub at_ns: u64,
@@ -88,6 +91,10 @@ pub struct Line {
     pub turn: u64,
     /// By copy, the original first: its [`holders`].
     pub holders: [u64; SENT],
+    /// By candidate: what the rule has given the original by delay and holding back.
+    pub given_ns: [u64; MAX_CANDIDATES],
+    /// By copy, the original first: when it is through all lines; 0 if it was lost.
+    pub through_ns: [u64; SENT],
     /// By copy, the original first: delay after the original's.
     pub after_ns: [u64; SENT],
     /// By copy, the original first: when it leaves, `CLOCK_MONOTONIC` in nanoseconds; 0 if it was lost.
@@ -227,9 +234,10 @@ pub fn line<P: Packet, T: Tables>(
     if work.line.free == 0 {
         keep_order(tables, work);
         for copy in 1..SENT {
-            // Copies without a delay of their own travel with the original.
+            // Copies without a delay of their own travel with the original, as close as lines let them.
             if work.line.after_ns[copy] == 0 && work.line.leaves_ns[copy] != 0 {
-                work.line.leaves_ns[copy] = work.line.leaves_ns[0];
+                let behind = work.line.through_ns[copy].saturating_sub(work.line.through_ns[0]);
+                work.line.leaves_ns[copy] = work.line.leaves_ns[0] + behind;
                 work.line.holders[copy] = work.line.holders[0];
             }
         }
@@ -385,8 +393,9 @@ fn strike<T: Tables>(
         lose(work, counters, hits, matched.bytes + packets * frame);
         counters.excess_packets += u64::from(work.segments.count) - hits;
     }
-    if shape.stages & stage::MTU != 0 && work.segments.last_length > shape.mtu {
-        counters.too_long_packets += packets;
+    let too_long = too_long(rule, &work.segments, packets);
+    if too_long != 0 {
+        counters.too_long_packets += too_long;
         work.line.lost = 1;
     }
     if lost {
@@ -589,7 +598,8 @@ impl Step for Copy {
         if stages & stage::RATE != 0 {
             tables.repeat::<Queue>(work.found.count, work);
         }
-        if work.line.at_ns != 0 {
+        let through = work.line.at_ns;
+        if through != 0 {
             if stages & (stage::DELAY | stage::REORDER) != 0 {
                 tables.repeat::<Delay>(work.found.count, work);
             }
@@ -603,6 +613,7 @@ impl Step for Copy {
         if at >= SENT {
             return false;
         }
+        work.line.through_ns[at] = through;
         work.line.leaves_ns[at] = work.line.at_ns;
         work.line.holders[at] = work.line.holding;
         true
@@ -610,15 +621,15 @@ impl Step for Copy {
 }
 
 /// A rule that acts on the packet at hand: its entry, shape and counters.
-struct Acting<'a> {
-    rule: &'a RuleEntry,
-    shape: &'a Shape,
-    counters: &'a mut RuleCounters,
+pub(crate) struct Acting<'a> {
+    pub(crate) rule: &'a RuleEntry,
+    pub(crate) shape: &'a Shape,
+    pub(crate) counters: &'a mut RuleCounters,
 }
 
 /// The candidate `at`, if it acts and has one of these stages.
 #[inline(always)]
-fn acting<'a, T: Tables>(
+pub(crate) fn acting<'a, T: Tables>(
     tables: &'a T,
     work: &mut Work,
     at: usize,
@@ -647,85 +658,66 @@ fn acting<'a, T: Tables>(
 
 /// Notes that a rule holds the copy at hand.
 #[inline(always)]
-fn hold(rule: &RuleEntry, work: &mut Work) {
+pub(crate) fn hold(rule: &RuleEntry, work: &mut Work) {
     work.line.holding = holders::with(work.line.holding, holders::name(rule.activation));
 }
 
-/// The line of one rule a round.
-struct Queue;
+/// Which histogram of a rule a time goes into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Spread {
+    /// What the rule itself delays packets by.
+    Given,
+    /// What they wait for its line.
+    Queued,
+}
 
-impl Step for Queue {
+/// Counts `packets` in a histogram of candidate `at`.
+#[inline(always)]
+pub(crate) fn record<T: Tables>(
+    tables: &T,
+    work: &mut Work,
+    at: usize,
+    spread: Spread,
+    ns: u64,
+    packets: u64,
+) {
+    let slot = u32::from(work.found.slots[at]).wrapping_sub(MAX_EXEMPTIONS);
+    let Some(histograms) = tables.histograms(slot) else {
+        work.missing = 1;
+        return;
+    };
+    // A mask, which the verifier understands; there are no more buckets.
+    let bucket = bucket(ns) & (BUCKETS - 1);
+    // SAFETY: valid by `Tables`, and within the array.
+    unsafe {
+        let counts = match spread {
+            Spread::Given => (&raw mut (*histograms).given).cast::<u64>(),
+            Spread::Queued => (&raw mut (*histograms).queued).cast::<u64>(),
+        };
+        tables.increment(counts.add(bucket), packets);
+    }
+}
+
+/// Counts that the packet was marked, for the rules that asked for it.
+#[inline(always)]
+pub fn count_marked<T: Tables>(tables: &T, work: &mut Work) {
+    tables.repeat::<Marked>(work.found.count, work);
+}
+
+/// One rule a round, of those that may have asked for a mark.
+struct Marked;
+
+impl Step for Marked {
     #[inline(always)]
     fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
         // A mask, which the verifier understands; there are no more rounds than candidates.
         let at = index as usize & (MAX_CANDIDATES - 1);
-        if let Some(acting) = acting(tables, work, at, stage::RATE) {
-            queue(tables, acting, work);
+        if work.line.mark >> at & 1 != 0
+            && let Some(acting) = acting(tables, work, at, stage::RATE)
+        {
+            acting.counters.marked_packets += 1;
         }
-        work.line.at_ns != 0
-    }
-}
-
-/// Sends the copy at hand through a rule's line: it waits until the line is free, and is on it for as long as its
-/// bytes take.
-#[inline(always)]
-fn queue<T: Tables>(tables: &T, acting: Acting<'_>, work: &mut Work) {
-    let Acting {
-        rule,
-        shape,
-        counters,
-    } = acting;
-    work.state = StateKey {
-        flow: work.key,
-        activation: rule.activation,
-        reserved: 0,
-    };
-    if shape.rate_share != rate_share::FLOW {
-        work.state.flow = FlowKey::default();
-    }
-    if shape.rate_share == rate_share::PEER {
-        work.state.flow.low = if work.meta.hook == hook::EGRESS {
-            work.parsed.destination
-        } else {
-            work.parsed.source
-        };
-        work.state.flow.kind = work.key.kind;
-    }
-    work.state.flow.site = state_site::LINE + (work.meta.hook & 1) as u16;
-    let Some((state, _)) = tables.remember(&work.state, work.now_ns) else {
-        work.full += 1;
-        counters.stateless_packets += 1;
-        return;
-    };
-    let bytes = work.segments.last_length + work.parsed.network_offset + shape.overhead;
-    let time = shape::line_time(shape, u64::from(bytes));
-    // SAFETY: valid by `Tables`.
-    let place = unsafe { &raw mut (*state).n };
-    let arrives = work.line.at_ns;
-    counters.queued_packets += 1;
-    // Another CPU may send a packet in between; eight times in a row it does not.
-    for _ in 0..8 {
-        // SAFETY: as above.
-        let free = unsafe { core::ptr::read_volatile(place) };
-        let begins = if free > arrives { free } else { arrives };
-        let waits = begins - arrives;
-        if waits > shape.queue_ns {
-            counters.overflow_packets += 1;
-            work.line.at_ns = 0;
-            return;
-        }
-        let ends = begins + time;
-        // SAFETY: as above.
-        if unsafe { tables.exchange(place, free, ends) } == free {
-            counters.queued_ns += waits;
-            if waits > shape.ecn_ns {
-                counters.marked_packets += 1;
-                work.line.mark = 1;
-            }
-            work.line.at_ns = ends;
-            hold(rule, work);
-            return;
-        }
+        true
     }
 }
 
@@ -740,10 +732,21 @@ impl Step for Stall {
         if let Some(acting) = acting(tables, work, at, stage::STALL) {
             let until =
                 shape::stalled_until(acting.shape, acting.rule.activated_ns, work.line.at_ns);
+            let mut stalled = 0;
             if until != 0 {
-                acting.counters.stalled_packets += u64::from(work.segments.count);
+                stalled = until - work.line.at_ns;
                 work.line.at_ns = until;
                 hold(acting.rule, work);
+            }
+            if work.line.copy == 0 {
+                let packets = u64::from(work.segments.count);
+                if stalled != 0 {
+                    acting.counters.stalled_packets += packets;
+                    acting.counters.stalled_ns += packets * stalled;
+                }
+                let held = acting.shape.stages & (stage::DELAY | stage::REORDER) != 0;
+                let given = if held { work.line.given_ns[at] } else { 0 };
+                give(tables, work, acting.counters, at, given + stalled);
             }
         }
         true
@@ -777,6 +780,7 @@ fn delay<T: Tables>(
     let original = work.line.copy == 0;
     let packets = u64::from(every(&work.segments).packets);
     let (stream, n) = (work.line.stream[at], work.line.n[at]);
+    let before = work.line.delay_ns;
     if shape.stages & stage::DELAY != 0 {
         let delay_ns = if shape.jitter_ns == 0 {
             shape.delay_ns
@@ -804,6 +808,24 @@ fn delay<T: Tables>(
         work.line.free = 1;
         counters.reordered_packets += packets;
     }
+    if original {
+        let given = work.line.delay_ns - before;
+        if shape.stages & stage::STALL == 0 {
+            give(tables, work, counters, at, given);
+        } else {
+            work.line.given_ns[at] = given;
+        }
+    }
+}
+
+/// Counts how long a rule has delayed the packet, all in all.
+#[inline(always)]
+fn give<T: Tables>(tables: &T, work: &mut Work, counters: &mut RuleCounters, at: usize, ns: u64) {
+    if ns > counters.given_max_ns {
+        counters.given_max_ns = ns;
+    }
+    let packets = u64::from(work.segments.count);
+    record(tables, work, at, Spread::Given, ns, packets);
 }
 
 /// A delay with jitter.

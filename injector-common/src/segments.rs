@@ -87,6 +87,21 @@ impl Segments {
     }
 }
 
+impl Segments {
+    /// How many of them are longer than `mtu` bytes; none if that is 0.
+    #[inline(always)]
+    #[must_use]
+    pub const fn longer(&self, mtu: u32) -> u32 {
+        if mtu == 0 || self.full_length <= mtu {
+            0
+        } else if self.last_length > mtu {
+            self.count
+        } else {
+            self.count - 1
+        }
+    }
+}
+
 /// Which wire packets of an skb a rule matches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Matched {

@@ -5,8 +5,8 @@
 
 use crate::{
     layout::{
-        BYTE_TIME_SCALE, DISTRIBUTION_SCALE, DISTRIBUTION_STEPS, Distribution, FlowKey, RuleEntry,
-        Shape, distribution, loss_model,
+        DISTRIBUTION_SCALE, DISTRIBUTION_STEPS, Distribution, FlowKey, RuleEntry, Shape,
+        distribution, loss_model,
     },
     siphash::{Key, hash_words},
 };
@@ -229,13 +229,6 @@ pub fn delayed(shape: &Shape, value: i64) -> u64 {
 #[must_use]
 pub const fn uniform(probability: u64) -> i64 {
     (probability >> (31 - DISTRIBUTION_SCALE)).cast_signed() - (1 << DISTRIBUTION_SCALE)
-}
-
-/// How long `bytes` are on the line, nanoseconds.
-#[inline(always)]
-#[must_use]
-pub const fn line_time(shape: &Shape, bytes: u64) -> u64 {
-    (bytes * shape.byte_time) >> BYTE_TIME_SCALE
 }
 
 /// When a packet leaves that would leave at `leaves_ns`, if a stall holds it; else 0.

@@ -19,18 +19,18 @@ use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_STOLEN, TC_ACT_UNSPEC},
     helpers::{
         bpf_clone_redirect, bpf_redirect, bpf_set_hash, bpf_set_hash_invalid, bpf_skb_ecn_set_ce,
-        bpf_skb_vlan_pop,
+        bpf_skb_pull_data, bpf_skb_vlan_pop,
     },
     programs::TcContext,
 };
 use injector_common::{
-    decide::Tables as _,
+    decide::{Tables as _, Work},
     holders,
     layout::{
         PRIORITY_CLASS, PRIORITY_CONTROL, PRIORITY_HELD, hook, lane_load, lane_mark, lane_vlan,
         needs,
     },
-    line::{Entry, LineOutcome, SENT, line as decide_line},
+    line::{Entry, LineOutcome, SENT, count_marked, line as decide_line},
 };
 
 use crate::{
@@ -298,8 +298,7 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
         let copies = (*work).line.copies;
         let free = (*work).line.free;
         if (*work).line.mark != 0 {
-            // Of no effect on packets that are not capable of it.
-            bpf_skb_ecn_set_ce(ctx.skb.skb);
+            mark(ctx, &mut *work);
         }
         // The upper bits choose the queue (`reciprocal_scale` in `skb_tx_hash`, net/core/dev.c), so they depend
         // on all of the flow.
@@ -385,6 +384,27 @@ unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, index: u32, held_by: 
         (*skb).tc_index = mark;
     }
     TC_ACT_UNSPEC
+}
+
+/// Bytes of the longer of the two IP headers, without options.
+const IP_HEADER: u32 = 40;
+
+/// Says that the packet met congestion (ECN), if it is capable of being told so, and counts that.
+#[inline(always)]
+fn mark(ctx: &TcContext, work: &mut Work) {
+    let length = ctx.len();
+    let headers = work.parsed.network_offset + IP_HEADER;
+    // The helper leaves the headers of a clone alone, and every packet here is one (`bpf_skb_ecn_set_ce`,
+    // net/core/filter.c, 6.1); pulling gives it headers of its own (`bpf_skb_pull_data`, there). It says 1 for a
+    // packet that is marked now, also where it had been before, and 0 for one that is not capable of it.
+    // SAFETY: the context is the program's own, and nothing points into the packet.
+    let marked = unsafe {
+        bpf_skb_pull_data(ctx.skb.skb, if length < headers { length } else { headers }) == 0
+            && bpf_skb_ecn_set_ce(ctx.skb.skb) == 1
+    };
+    if marked {
+        count_marked(&tables::Kernel, work);
+    }
 }
 
 /// Writes down which rules hold the packet.

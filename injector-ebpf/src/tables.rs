@@ -15,9 +15,9 @@ use injector_common::{
     decide::{Advanced, Step, Tables, Work},
     layout::{
         Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey,
-        Flushed, FragmentKey, Held, LaneLoad, MAX_FLUSHES, MAX_SLOTS, PORT_CLASSES,
-        PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target,
-        TargetCounters, Upper,
+        Flushed, FragmentKey, Held, Histograms, LaneLoad, MAX_FLUSHES, MAX_RULES, MAX_SLOTS,
+        PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey,
+        TRACE_ENTRIES, Target, TargetCounters, Upper,
     },
     line::{Entry, SENT},
 };
@@ -103,6 +103,15 @@ static SHAPES: Array<Shape> = Array::with_max_entries(2 * MAX_SLOTS, BPF_F_MMAPA
 /// Quantiles of distributions. Written by user space before a rule refers to them.
 #[map]
 static TABLES: Array<Distribution> = Array::with_max_entries(DISTRIBUTIONS, 0);
+
+/// Opportunities of all traces, each rule's together: nanoseconds into the trace, in ascending order. Mapped:
+/// written by user space before a rule refers to them.
+#[map]
+static TRACES: Array<u64> = Array::with_max_entries(TRACE_ENTRIES, BPF_F_MMAPABLE);
+
+/// How times are spread, by slot among the rules. Mapped: added to by the program, read and zeroed by user space.
+#[map]
+static HISTOGRAMS: Array<Histograms> = Array::with_max_entries(MAX_RULES, BPF_F_MMAPABLE);
 
 /// What lanes hold of flows whose order is kept. Written by the program, collected by user space. When it is
 /// full, order is kept by equal delays only, and that is counted. Load time.
@@ -454,6 +463,16 @@ impl Tables for Kernel {
     fn set_fragment(&self, key: &FragmentKey, upper: &Upper) {
         // Not kept means that later fragments count as orphans, which is counted there.
         let _ = FRAGMENTS.insert(key, upper, BPF_ANY);
+    }
+
+    #[inline(always)]
+    fn trace(&self, index: u32) -> Option<u64> {
+        TRACES.get(index).copied()
+    }
+
+    #[inline(always)]
+    fn histograms(&self, slot: u32) -> Option<*mut Histograms> {
+        HISTOGRAMS.get_ptr_mut(slot)
     }
 
     #[inline(always)]

@@ -769,9 +769,18 @@ pub struct RuleCounters {
     /// Wire packets that went through a line of limited rate.
     #[serde(default)]
     pub queued_packets: u64,
+    /// Their bytes, as the line counts them.
+    #[serde(default)]
+    pub queued_bytes: u64,
     /// How long they waited for it together, in nanoseconds.
     #[serde(default)]
     pub queued_ns: u64,
+    /// The longest of these waits.
+    #[serde(default)]
+    pub queued_max_ns: u64,
+    /// How long the line was busy with them, in nanoseconds.
+    #[serde(default)]
+    pub busy_ns: u64,
     /// Wire packets that were lost because its queue was full.
     #[serde(default)]
     pub overflow_packets: u64,
@@ -787,6 +796,12 @@ pub struct RuleCounters {
     /// Wire packets of which bits were turned over.
     #[serde(default)]
     pub corrupted_packets: u64,
+    /// For how long together, in nanoseconds.
+    #[serde(default)]
+    pub stalled_ns: u64,
+    /// The longest that a packet was delayed, held back and stalled together, in nanoseconds.
+    #[serde(default)]
+    pub given_max_ns: u64,
     /// When the first packet matched, in nanoseconds of the kernel's monotonic clock; 0: never.
     pub first_ns: u64,
     /// When the last one did.
@@ -800,7 +815,7 @@ pub struct RuleCounters {
 }
 
 impl AddAssign for RuleCounters {
-    /// Sums counts; the first time becomes the earlier one that is set, the last the later one.
+    /// Sums counts; of the longest times the longer one stays; the first time becomes the earlier one that is set, the last the later one.
     fn add_assign(&mut self, other: Self) {
         self.matched_packets += other.matched_packets;
         self.matched_bytes += other.matched_bytes;
@@ -819,12 +834,17 @@ impl AddAssign for RuleCounters {
         self.reordered_packets += other.reordered_packets;
         self.too_long_packets += other.too_long_packets;
         self.queued_packets += other.queued_packets;
+        self.queued_bytes += other.queued_bytes;
         self.queued_ns += other.queued_ns;
+        self.queued_max_ns = self.queued_max_ns.max(other.queued_max_ns);
+        self.busy_ns += other.busy_ns;
         self.overflow_packets += other.overflow_packets;
         self.marked_packets += other.marked_packets;
         self.stalled_packets += other.stalled_packets;
         self.answered_packets += other.answered_packets;
         self.corrupted_packets += other.corrupted_packets;
+        self.stalled_ns += other.stalled_ns;
+        self.given_max_ns = self.given_max_ns.max(other.given_max_ns);
         if other.first_ns != 0 && (self.first_ns == 0 || other.first_ns < self.first_ns) {
             self.first_ns = other.first_ns;
             self.first_at = other.first_at;

@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use injector_common::histogram::{self, BUCKETS};
+
 use crate::{
+    dataplane::Histograms,
     protocol::RuleCounters,
     rules::{
         shaping::{Distribution, Loss, Shaping},
@@ -13,17 +16,49 @@ use crate::{
 /// One fault, as asked and as it turned out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Realised {
-    /// `loss`, `corrupt`, `duplicate`, `delay` or `reorder`.
+    /// `loss`, `corrupt`, `duplicate`, `delay`, `reorder`, `stall`, `rate`, or `queue` for the waits in front of a line.
     pub fault: String,
     /// What `asked` and `realised` are.
     pub unit: Unit,
-    /// What was asked for: a share from 0 to 1, or the mean in seconds.
+    /// What was asked for: a share from 0 to 1, the mean in seconds (of `queue` and `stall` the longest), the mean
+    /// in bits per second.
     pub asked: f64,
     /// What happened; absent while there was no packet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub realised: Option<f64>,
     /// Wire packets that it could have happened to.
     pub packets: u64,
+    /// How the times are spread that the rule gave: of `queue` how long packets waited for their turns, of one other
+    /// fault of the rule what it gave them by delay, holding back and stall together, also where that was nothing.
+    #[serde(default, flatten, skip_serializing_if = "Option::is_none")]
+    pub spread: Option<Spread>,
+}
+
+/// How times are spread, in seconds. All but the longest are off by 3 % at most.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Spread {
+    /// Half of them are not longer.
+    pub p50: f64,
+    /// 90 % are not longer.
+    pub p90: f64,
+    /// 99 % are not longer.
+    pub p99: f64,
+    /// The longest.
+    pub max: f64,
+}
+
+impl Spread {
+    fn of(counts: &[u64; BUCKETS], max_ns: u64) -> Option<Self> {
+        let at = |per_mille| {
+            histogram::quantile(counts, per_mille, max_ns).map(|time| float(time) / 1e9)
+        };
+        Some(Self {
+            p50: at(500)?,
+            p90: at(900)?,
+            p99: at(990)?,
+            max: float(max_ns) / 1e9,
+        })
+    }
 }
 
 /// Units of [`Realised`].
@@ -34,11 +69,17 @@ pub enum Unit {
     Share,
     /// Mean, in seconds.
     Seconds,
+    /// Mean, in bits per second: on the line, while it was busy.
+    BitsPerSecond,
 }
 
 /// The faults of a rule that can be told in numbers, and what became of them.
 #[must_use]
-pub fn realised(shaping: &Shaping, counters: &RuleCounters) -> Vec<Realised> {
+pub fn realised(
+    shaping: &Shaping,
+    counters: &RuleCounters,
+    histograms: Option<&Histograms>,
+) -> Vec<Realised> {
     let mut list = Vec::new();
     let mut add = |fault: &str, unit, asked, sum: f64, packets: u64| {
         list.push(Realised {
@@ -47,6 +88,7 @@ pub fn realised(shaping: &Shaping, counters: &RuleCounters) -> Vec<Realised> {
             asked,
             realised: (packets > 0).then(|| sum / float(packets)),
             packets,
+            spread: None,
         });
     };
     let decided = counters.matched_packets;
@@ -103,6 +145,45 @@ pub fn realised(shaping: &Shaping, counters: &RuleCounters) -> Vec<Realised> {
         // What is lost is not held back.
         let left = decided.saturating_sub(counters.lost_packets + counters.cut_packets);
         add("reorder", Unit::Share, share(one.probability), held, left);
+    }
+    if let Some(one) = shaping.stall {
+        let held = float(counters.stalled_ns) / 1e9;
+        add(
+            "stall",
+            Unit::Seconds,
+            one.length.as_secs_f64(),
+            held,
+            counters.stalled_packets,
+        );
+    }
+    let given =
+        histograms.and_then(|histograms| Spread::of(&histograms.given, counters.given_max_ns));
+    for name in ["delay", "stall", "reorder"] {
+        if let Some(one) = list.iter_mut().find(|one| one.fault == name) {
+            one.spread = given;
+            break;
+        }
+    }
+    if let Some(rate) = &shaping.rate {
+        list.push(Realised {
+            fault: "rate".to_owned(),
+            unit: Unit::BitsPerSecond,
+            asked: float(rate.mean_bits()),
+            realised: (counters.busy_ns > 0)
+                .then(|| float(counters.queued_bytes) * 8e9 / float(counters.busy_ns)),
+            packets: counters.queued_packets,
+            spread: None,
+        });
+        list.push(Realised {
+            fault: "queue".to_owned(),
+            unit: Unit::Seconds,
+            asked: rate.longest_wait().as_secs_f64(),
+            realised: (counters.queued_packets > 0)
+                .then(|| float(counters.queued_ns) / 1e9 / float(counters.queued_packets)),
+            packets: counters.queued_packets,
+            spread: histograms
+                .and_then(|histograms| Spread::of(&histograms.queued, counters.queued_max_ns)),
+        });
     }
     list
 }
@@ -184,6 +265,66 @@ mod tests {
             state = next;
         }
         f64::from(taken) / 1e6
+    }
+
+    fn shaping(json: &str) -> Shaping {
+        let text = format!(r#"{{"iface":"eth0","peer":"10.0.0.1","seed":1,"fault":{json}}}"#);
+        let spec: crate::rules::RuleSpec = serde_json::from_str(&text).unwrap();
+        spec.parse().unwrap().shaping
+    }
+
+    #[test]
+    fn rates_queues_and_stalls() {
+        let shaping = shaping(r#"{"rate":"8mbit","queue":"50ms","stall":"2s"}"#);
+        let mut histograms = Histograms::default();
+        histograms.queued[histogram::bucket(20_000_000)] = 99;
+        histograms.queued[histogram::bucket(40_000_000)] = 1;
+        histograms.given[histogram::bucket(1_000_000_000)] = 10;
+        let counters = RuleCounters {
+            queued_packets: 100,
+            queued_bytes: 100_000,
+            queued_ns: 2_020_000_000,
+            queued_max_ns: 40_000_000,
+            busy_ns: 100_000_000,
+            stalled_packets: 10,
+            stalled_ns: 10_000_000_000,
+            given_max_ns: 1_000_000_000,
+            ..RuleCounters::default()
+        };
+        let list = realised(&shaping, &counters, Some(&histograms));
+        let of = |fault: &str| list.iter().find(|one| one.fault == fault).unwrap();
+        assert_eq!((of("rate").asked, of("rate").realised), (8e6, Some(8e6)));
+        let queue = of("queue");
+        assert_eq!((queue.asked, queue.realised), (0.05, Some(0.0202)));
+        let spread = queue.spread.unwrap();
+        assert!((spread.p50 / 0.02 - 1.0).abs() < 0.032, "{spread:?}");
+        assert!((spread.p99 / 0.02 - 1.0).abs() < 0.032, "{spread:?}");
+        assert!((spread.max - 0.04).abs() < 1e-12, "{spread:?}");
+        let stall = of("stall");
+        assert_eq!((stall.asked, stall.realised), (2.0, Some(1.0)));
+        assert!(stall.spread.unwrap().p50 <= 1.0);
+        assert!(of("rate").spread.is_none());
+        // In JSON the quantiles stand beside the rest, and only where there are some.
+        let json = serde_json::to_value(&list).unwrap();
+        assert_eq!(json[0]["fault"], "stall");
+        assert!(json[0]["p90"].is_number());
+        assert!(json[1].get("p90").is_none());
+        assert_eq!(serde_json::from_value::<Vec<Realised>>(json).unwrap(), list);
+    }
+
+    #[test]
+    fn nothing_has_happened_yet() {
+        let shaping = shaping(r#"{"rate":"8mbit","delay":"1ms"}"#);
+        let list = realised(
+            &shaping,
+            &RuleCounters::default(),
+            Some(&Histograms::default()),
+        );
+        assert_eq!(list.len(), 3);
+        assert!(
+            list.iter()
+                .all(|one| one.realised.is_none() && one.spread.is_none())
+        );
     }
 
     #[test]

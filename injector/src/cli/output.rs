@@ -350,14 +350,28 @@ fn breakable(cell: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// `1 packet`, `2 packets`.
+/// `1 packet`, `2 packets`, `1,204,113 packets`.
 #[must_use]
 pub(super) fn count(number: u64, thing: &str) -> String {
     if number == 1 {
         format!("1 {thing}")
     } else {
-        format!("{number} {thing}s")
+        format!("{} {thing}s", grouped(number))
     }
+}
+
+/// A number with its thousands apart: `1,204,113`.
+#[must_use]
+pub(super) fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, digit) in digits.char_indices() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }
 
 /// Bytes with a decimal unit: `999 B`, `1.5 kB`.

@@ -14,7 +14,9 @@ use super::{
 };
 use crate::{
     lab,
-    rules::{FaultSpec, RuleSpec, hosts::Hosts, model::Rule, text::address},
+    rules::{
+        FaultSpec, RuleSpec, TraceSpec, hosts::Hosts, model::Rule, text::address, trace::Trace,
+    },
 };
 
 /// Which packets, what happens to them, for how long.
@@ -314,28 +316,36 @@ pub(super) struct RuleArgs {
         help_heading = "What else happens to them, packet by packet"
     )]
     pub(super) rate: Option<String>,
-    /// With --rate: what waits in front of it at most, 100ms or 64kb [default: 100ms]
+    /// Send packets through a line whose rate follows a trace, in Mahimahi's packet-delivery format
+    #[arg(
+        long,
+        value_name = "FILE",
+        help_heading = "What else happens to them, packet by packet"
+    )]
+    pub(super) rate_trace: Option<PathBuf>,
+    /// With --rate or --rate-trace: what waits in front of it at most, 100ms, 64kb or 50p [default: 100ms]
     #[arg(
         long,
         value_name = "LENGTH",
         help_heading = "What else happens to them, packet by packet"
     )]
     pub(super) queue: Option<String>,
-    /// With --rate: bytes by which a packet is longer on the line than its frame [default: 0]
+    /// With --rate or --rate-trace: bytes by which a packet is longer on the line than its frame [default: 0]
     #[arg(
         long,
+        allow_negative_numbers = true,
         value_name = "BYTES",
         help_heading = "What else happens to them, packet by packet"
     )]
-    pub(super) overhead: Option<u32>,
-    /// With --rate: which packets share a line: rule, flow or peer [default: rule]
+    pub(super) overhead: Option<i32>,
+    /// With --rate or --rate-trace: which packets share a line: rule, flow or peer [default: rule]
     #[arg(
         long,
         value_name = "WHAT",
         help_heading = "What else happens to them, packet by packet"
     )]
     pub(super) share: Option<String>,
-    /// With --rate: mark packets that wait longer (ECN): 5ms
+    /// With --rate or --rate-trace: mark packets that wait longer (ECN): 5ms
     #[arg(
         long,
         value_name = "TIME",
@@ -465,6 +475,7 @@ impl RuleArgs {
                 hold: self.hold.clone(),
                 mtu_blackhole: self.mtu_blackhole,
                 rate: self.rate.clone(),
+                rate_trace: self.rate_trace.as_deref().map(read_trace).transpose()?,
                 queue: self.queue.clone(),
                 overhead: self.overhead,
                 share: self.share.clone(),
@@ -498,6 +509,23 @@ impl RuleArgs {
         }
         Ok(spec)
     }
+}
+
+/// Reads a file with a trace; the rule carries its content, since the daemon may live elsewhere.
+fn read_trace(path: &Path) -> Result<TraceSpec, Failure> {
+    let shown = path.display();
+    let text = fs::read_to_string(path).map_err(|error| {
+        Failure::usage(format!("--rate-trace: reading {shown}")).caused_by(&error)
+    })?;
+    let milliseconds = Trace::read(&text).map_err(|problem| {
+        Failure::usage(format!("--rate-trace: {shown}: {}", problem.problem)).help(problem.help)
+    })?;
+    Ok(TraceSpec {
+        name: path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned()),
+        milliseconds,
+    })
 }
 
 fn excepted(list: &[String]) -> impl Iterator<Item = String> {

@@ -101,8 +101,22 @@ fn text(output: Output, result: &ShowResult, now: Timestamp) -> String {
     for (name, counters) in [("egress", &stats.egress), ("ingress", &stats.ingress)] {
         counters_lines(&mut text, name, counters, now);
     }
+    for one in &stats.realised {
+        let _ = writeln!(text, "{:12} {}", "", report::realised(one));
+    }
+    if let Some(queue) = report::queue(&report::total(stats)) {
+        let _ = writeln!(text, "{:12} {queue}", "");
+    }
     text.push_str(&stats::targets(output, targets));
-    if let Ok(json) = serde_json::to_string(spec) {
+    if spec.fault.rate_trace.is_some() {
+        // A trace has thousands of lines.
+        let _ = writeln!(
+            text,
+            "{} `injector show {} --json`, since it has a trace",
+            toned(Tone::Head, "as text:    "),
+            report::name(spec)
+        );
+    } else if let Ok(json) = serde_json::to_string(spec) {
         let _ = writeln!(text, "{} {json}", toned(Tone::Head, "as text:    "));
     }
     text

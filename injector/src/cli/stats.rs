@@ -346,6 +346,9 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
         for one in &rule.realised {
             let _ = writeln!(lines, "{}: {}", rule.name, report::realised(one));
         }
+        if let Some(queue) = report::queue(&total) {
+            let _ = writeln!(lines, "{}: {queue}", rule.name);
+        }
     }
     output.table(&table) + &lines
 }

@@ -15,7 +15,7 @@ use super::{
     partition::{self, Piece},
     plane::{ActiveRule, Plane, RuleSlot, TargetConfig},
     protect::Protection,
-    record::{BothCounters, ConnId, Ended, Place, Record},
+    record::{ConnId, Ended, Place, Record, Tally},
     state::{Origin, State},
     targets::TargetKey,
 };
@@ -553,7 +553,7 @@ impl<P: Plane, H: Host> State<P, H> {
                 return Err(error);
             }
         };
-        let mut finals: HashMap<u32, BothCounters> = HashMap::new();
+        let mut finals: HashMap<u32, Tally> = HashMap::new();
         let committed = self
             .take_slots(fresh_rules.len(), &ending, &mut finals)
             .and_then(|slots| {
@@ -575,7 +575,7 @@ impl<P: Plane, H: Host> State<P, H> {
                 // Counters of rules that go on were cleared for nothing: they are added from now on.
                 for record in &mut self.rules {
                     if let Some(counters) = finals.get(&record.activation) {
-                        record.base = *counters;
+                        record.base = counters.clone();
                     }
                 }
                 self.take_back(fresh);
@@ -638,7 +638,7 @@ impl<P: Plane, H: Host> State<P, H> {
         &mut self,
         count: usize,
         ending: &HashSet<u32>,
-        finals: &mut HashMap<u32, BothCounters>,
+        finals: &mut HashMap<u32, Tally>,
     ) -> Result<Vec<RuleSlot>, ErrorBody> {
         let used: BTreeMap<RuleSlot, &Record> = self
             .rules
@@ -652,7 +652,7 @@ impl<P: Plane, H: Host> State<P, H> {
             .take(count)
             .collect();
         let missing = count - slots.len();
-        let reused: Vec<(RuleSlot, u32, BothCounters)> = used
+        let reused: Vec<(RuleSlot, u32, Tally)> = used
             .iter()
             .filter(|(_, record)| ending.contains(&record.activation))
             .take(missing)
@@ -744,8 +744,8 @@ impl<P: Plane, H: Host> State<P, H> {
     fn forget(
         &mut self,
         activations: &HashSet<u32>,
-        finals: &HashMap<u32, BothCounters>,
-        mut each: impl FnMut(&mut Self, &Record, &BothCounters),
+        finals: &HashMap<u32, Tally>,
+        mut each: impl FnMut(&mut Self, &Record, &Tally),
     ) {
         let (gone, kept) = std::mem::take(&mut self.rules)
             .into_iter()
@@ -754,7 +754,7 @@ impl<P: Plane, H: Host> State<P, H> {
         let gone: Vec<Record> = gone;
         for record in gone {
             let counters = match finals.get(&record.activation) {
-                Some(counters) => *counters,
+                Some(counters) => counters.clone(),
                 None => self.last_counters(&record),
             };
             each(self, &record, &counters);
@@ -762,14 +762,14 @@ impl<P: Plane, H: Host> State<P, H> {
     }
 
     /// A rule's counters at its end; an error is told and costs the counters, not the end.
-    fn last_counters(&mut self, record: &Record) -> BothCounters {
+    fn last_counters(&mut self, record: &Record) -> Tally {
         self.counters(record).unwrap_or_else(|error| {
             let message = format!(
                 "cannot read the last counters of rule {}: {error}",
                 record.rule.name
             );
             self.problem(Some(&record.rule.name), message);
-            record.base
+            record.base.clone()
         })
     }
 
@@ -792,7 +792,7 @@ impl<P: Plane, H: Host> State<P, H> {
         self.forget(activations, &HashMap::new(), |state, record, counters| {
             stats.push(Self::rule_stats(record, counters));
             let name = &record.rule.name;
-            let [egress, ingress] = *counters;
+            let [egress, ingress] = counters.counters;
             let message = format!(
                 "rule {name} {why}; it matched {} packets and cut {}",
                 egress.matched_packets + ingress.matched_packets,
@@ -1045,7 +1045,7 @@ fn new_record(
         activated_at: Timestamp::now(),
         places,
         hold,
-        base: BothCounters::default(),
+        base: Tally::default(),
         ended: None,
         doomed: false,
     }

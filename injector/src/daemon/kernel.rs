@@ -5,8 +5,8 @@ use std::{os::fd::BorrowedFd, time::Duration};
 use injector_common::layout::{MAX_EXEMPTIONS, MAX_FLUSHES, MAX_RULES};
 
 use super::plane::{
-    ActiveRule, Committed, Exemption, LaneBounds, LaneNumber, LaneUse, LeaseSwitch, Limits, Plane,
-    RuleSlot, TargetConfig, TargetSlot,
+    ActiveRule, Committed, Exemption, Histograms, LaneBounds, LaneNumber, LaneUse, LeaseSwitch,
+    Limits, Plane, RuleSlot, TargetConfig, TargetSlot,
 };
 use crate::{
     dataplane::{self, CommitError, DataPlane, DataPlaneError, Lease, Sizes},
@@ -112,6 +112,10 @@ impl Plane for KernelPlane {
             .rule_counters(slot)
             .map_err(|error| host_error(&error))?;
         Ok(counters.map(|counters| rule_counters(&counters)))
+    }
+
+    fn rule_histograms(&self, slot: RuleSlot) -> Box<Histograms> {
+        self.plane.rule_histograms(slot)
     }
 
     fn target_counters(&self, slot: TargetSlot) -> Result<[TargetCounters; 2], ErrorBody> {
@@ -241,12 +245,17 @@ fn rule_counters(counters: &dataplane::RuleCounters) -> RuleCounters {
         reordered_packets: counters.reordered_packets,
         too_long_packets: counters.too_long_packets,
         queued_packets: counters.queued_packets,
+        queued_bytes: counters.queued_bytes,
         queued_ns: counters.queued_ns,
+        queued_max_ns: counters.queued_max_ns,
+        busy_ns: counters.busy_ns,
         overflow_packets: counters.overflow_packets,
         marked_packets: counters.marked_packets,
         stalled_packets: counters.stalled_packets,
         answered_packets: counters.answered_packets,
         corrupted_packets: counters.corrupted_packets,
+        stalled_ns: counters.stalled_ns,
+        given_max_ns: counters.given_max_ns,
         first_ns: counters.first_ns,
         last_ns: counters.last_ns,
         first_at: None,

@@ -77,7 +77,7 @@ fn greater(a: FqLimits, b: FqLimits) -> FqLimits {
 pub(super) enum Need {
     /// They do not.
     None,
-    /// Super-packets do, if there is one: without it a hit inside one takes all of it.
+    /// Super-packets do, if there is one: without it a hit inside one, by position or length, takes all of it.
     Better,
     /// They all do.
     Must,
@@ -85,9 +85,11 @@ pub(super) enum Need {
 
 /// Whether a rule's packets go through a lane.
 pub(super) fn need(rule: &Rule) -> Need {
-    if !rule.shaping.is_empty() {
+    if rule.shaping.needs_lane() {
         Need::Must
-    } else if matches!(rule.fault, Fault::Cut | Fault::Reject(_) | Fault::None) {
+    } else if rule.shaping.is_empty()
+        && matches!(rule.fault, Fault::Cut | Fault::Reject(_) | Fault::None)
+    {
         Need::None
     } else {
         Need::Better

@@ -4,8 +4,8 @@
 use std::{os::fd::BorrowedFd, time::Duration};
 
 pub use crate::dataplane::{
-    ActiveRule, Exemption, LaneBounds, LaneDevices, LaneNumber, LaneUse, RuleSlot, TargetConfig,
-    TargetSlot,
+    ActiveRule, Exemption, Histograms, LaneBounds, LaneDevices, LaneNumber, LaneUse, RuleSlot,
+    TargetConfig, TargetSlot,
 };
 use crate::{
     netlink::Hook,
@@ -52,9 +52,11 @@ pub trait Plane: Send + 'static {
     ) -> Result<Committed, ErrorBody>;
     /// A rule's counters on egress and on ingress, over all CPUs.
     fn rule_counters(&self, slot: RuleSlot) -> Result<[RuleCounters; 2], ErrorBody>;
+    /// How the times that a rule gives are spread, in both directions together.
+    fn rule_histograms(&self, slot: RuleSlot) -> Box<Histograms>;
     /// A target's counters on egress and on ingress, over all CPUs.
     fn target_counters(&self, slot: TargetSlot) -> Result<[TargetCounters; 2], ErrorBody>;
-    /// Sets a rule slot's counters to zero before it is used.
+    /// Sets a rule slot's counters and histograms to zero before it is used.
     fn clear_rule(&mut self, slot: RuleSlot) -> Result<(), ErrorBody>;
     /// Sets a target slot's counters to zero before it is used.
     fn clear_target(&mut self, slot: TargetSlot) -> Result<(), ErrorBody>;

@@ -4,7 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::{lease::nanos, plane::RuleSlot, targets::TargetKey};
+use super::{
+    lease::nanos,
+    plane::{Histograms, RuleSlot},
+    targets::TargetKey,
+};
 use crate::{
     protocol::{RuleCounters, RuleState},
     rules::model::Rule,
@@ -13,8 +17,38 @@ use crate::{
 /// Number of a client's connection.
 pub type ConnId = u64;
 
-/// Counters on egress and on ingress.
-pub(super) type BothCounters = [RuleCounters; 2];
+/// What a rule has counted.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Tally {
+    /// On egress and on ingress.
+    pub(super) counters: [RuleCounters; 2],
+    /// How the times that it gave are spread; `None` for a rule that gives none.
+    pub(super) histograms: Option<Box<Histograms>>,
+}
+
+impl Tally {
+    /// Adds what was counted later.
+    pub(super) fn add(
+        &mut self,
+        counters: &[RuleCounters; 2],
+        histograms: Option<Box<Histograms>>,
+    ) {
+        for (sum, part) in self.counters.iter_mut().zip(counters) {
+            *sum += *part;
+        }
+        let Some(mut later) = histograms else {
+            return;
+        };
+        if let Some(earlier) = &self.histograms {
+            let pairs = (later.given.iter_mut().zip(&earlier.given))
+                .chain(later.queued.iter_mut().zip(&earlier.queued));
+            for (sum, part) in pairs {
+                *sum += part;
+            }
+        }
+        self.histograms = Some(later);
+    }
+}
 
 /// One interface of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +71,7 @@ pub(super) struct Ended {
     /// Why.
     pub(super) reason: String,
     /// Its last counters.
-    pub(super) counters: BothCounters,
+    pub(super) counters: Tally,
 }
 
 /// One rule.
@@ -60,7 +94,7 @@ pub(super) struct Record {
     /// The connection whose end ends it.
     pub(super) hold: Option<ConnId>,
     /// Counted before the kernel's counters were cleared.
-    pub(super) base: BothCounters,
+    pub(super) base: Tally,
     /// Set once it has ended.
     pub(super) ended: Option<Ended>,
     /// The connection that held it has closed, and ending it has failed so far.
@@ -105,4 +139,32 @@ pub(super) fn with_times(mut counters: RuleCounters, now_ns: u64) -> RuleCounter
     counters.first_at = at(counters.first_ns);
     counters.last_at = at(counters.last_ns);
     counters
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tallies_add_up() {
+        let counters = |packets, longest| {
+            let one = RuleCounters {
+                matched_packets: packets,
+                queued_max_ns: longest,
+                ..RuleCounters::default()
+            };
+            [one, RuleCounters::default()]
+        };
+        let mut histograms = Box::<Histograms>::default();
+        histograms.given[3] = 5;
+        histograms.queued[511] = 7;
+        let mut tally = Tally::default();
+        tally.add(&counters(2, 9), Some(histograms.clone()));
+        tally.add(&counters(3, 4), None);
+        tally.add(&counters(4, 1), Some(histograms));
+        assert_eq!(tally.counters[0].matched_packets, 9);
+        assert_eq!(tally.counters[0].queued_max_ns, 9);
+        let sum = tally.histograms.unwrap();
+        assert_eq!((sum.given[3], sum.queued[511]), (10, 14));
+    }
 }

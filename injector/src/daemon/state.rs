@@ -19,7 +19,7 @@ use super::{
     plane::LaneBounds,
     plane::Plane,
     protect::Protection,
-    record::{BothCounters, ConnId, Record, with_times},
+    record::{ConnId, Record, Tally, with_times},
     targets::{Leftover, Target, TargetKey},
 };
 use crate::{
@@ -249,24 +249,26 @@ impl<P: Plane, H: Host> State<P, H> {
     }
 
     /// A rule's counters: the kernel's while it is active, the last ones after it.
-    pub(super) fn counters(&self, record: &Record) -> Result<BothCounters, ErrorBody> {
+    pub(super) fn counters(&self, record: &Record) -> Result<Tally, ErrorBody> {
         if let Some(ended) = &record.ended {
-            return Ok(ended.counters);
+            return Ok(ended.counters.clone());
         }
         let now_ns = self.plane.now_ns();
-        let mut counters = record.base;
-        for (sum, part) in counters
-            .iter_mut()
-            .zip(self.plane.rule_counters(record.slot)?)
-        {
-            *sum += part;
-            *sum = with_times(*sum, now_ns);
+        let mut tally = record.base.clone();
+        let histograms = record
+            .rule
+            .shaping
+            .needs_lane()
+            .then(|| self.plane.rule_histograms(record.slot));
+        tally.add(&self.plane.rule_counters(record.slot)?, histograms);
+        for counters in &mut tally.counters {
+            *counters = with_times(*counters, now_ns);
         }
-        Ok(counters)
+        Ok(tally)
     }
 
-    pub(super) fn rule_stats(record: &Record, counters: &BothCounters) -> RuleStats {
-        let [egress, ingress] = *counters;
+    pub(super) fn rule_stats(record: &Record, tally: &Tally) -> RuleStats {
+        let [egress, ingress] = tally.counters;
         RuleStats {
             name: record.rule.name.clone(),
             group: record.rule.group.clone(),
@@ -281,7 +283,7 @@ impl<P: Plane, H: Host> State<P, H> {
             realised: {
                 let mut both = egress;
                 both += ingress;
-                realised(&record.rule.shaping, &both)
+                realised(&record.rule.shaping, &both, tally.histograms.as_deref())
             },
         }
     }

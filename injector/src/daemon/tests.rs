@@ -19,7 +19,7 @@ use super::{
     host::{Host, Topology},
     lease::LeaseView,
     plane::{
-        ActiveRule, Committed, Exemption, LaneBounds, LaneDevices, LaneNumber, LaneUse,
+        ActiveRule, Committed, Exemption, Histograms, LaneBounds, LaneDevices, LaneNumber, LaneUse,
         LeaseSwitch, Limits, Plane, RuleSlot, TargetConfig, TargetSlot,
     },
     protect::Protection,
@@ -140,6 +140,9 @@ impl Plane for FakePlane {
             world.counters.get(&slot).copied().unwrap_or_default(),
             RuleCounters::default(),
         ])
+    }
+    fn rule_histograms(&self, _: RuleSlot) -> Box<Histograms> {
+        Box::default()
     }
     fn target_counters(&self, _: TargetSlot) -> Result<[TargetCounters; 2], ErrorBody> {
         Ok([

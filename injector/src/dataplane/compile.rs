@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 use injector_common::{
     layout::{
         BITMAP_EMPTY, BITMAP_UNPROTECTED, Bitmap, Class, MAX_CANDIDATES, MAX_EXEMPTIONS, NO_PORT,
-        PROTOCOL_CLASSES, RuleEntry, answer, family, fault, hook, identity, kind, role, rule_flag,
+        PROTOCOL_CLASSES, RuleEntry, TRACE_ENTRIES, answer, family, fault, hook, identity, kind,
+        role, rule_flag,
     },
     siphash::rule_key,
 };
@@ -16,6 +17,7 @@ use super::{
     intern::{Indices, Meaning, TooMany},
     prefixes::{Condition, ROOT, Resolved, StateId, prefix_of, resolve},
     shape,
+    traces::{self, NoRoom, Traces},
     values::{ActiveRule, Exemption, TargetConfig},
 };
 use crate::rules::model::{
@@ -63,6 +65,17 @@ pub enum CompileError {
         distribution::MAX_GIVEN
     )]
     TooManyDistributions,
+    /// The traces of rates do not fit into their table.
+    #[error(
+        "a trace of {wanted} opportunities does not fit: rules in force have {taken}, and all together can have \
+         {TRACE_ENTRIES}; heal some first, or give shorter traces"
+    )]
+    TooManyOpportunities {
+        /// Opportunities of traces that have their places.
+        taken: u32,
+        /// Those of the one that has none.
+        wanted: u32,
+    },
     /// More exemptions than there are slots.
     #[error(
         "{count} entries are protected, and at most {MAX_EXEMPTIONS} can be; join prefixes or ports"
@@ -190,13 +203,20 @@ pub struct Capacity {
     pub prefixes: u32,
 }
 
-/// Keeps the numbering of bitmaps from one rule set to the next.
+/// Keeps the numbering of bitmaps from one rule set to the next, and the places of traces.
 #[derive(Debug, Clone, Default)]
 pub struct Compiler {
     indices: Indices,
+    /// Traces of the rule set in force.
+    traces: Traces,
 }
 
 impl Compiler {
+    /// A rule set that was compiled is in force now: the places of its traces are taken, and no others.
+    pub fn in_force(&mut self, image: &Image) {
+        self.traces.clone_from(&image.traces);
+    }
+
     /// The tables for a rule set.
     pub fn compile(
         &mut self,
@@ -210,6 +230,9 @@ impl Compiler {
                 count: exempt.len(),
             });
         }
+        let traces = traces::place(&self.traces, rules).map_err(|NoRoom { taken, wanted }| {
+            CompileError::TooManyOpportunities { taken, wanted }
+        })?;
         // On an error the numbering is as before.
         let mut indices = self.indices.clone();
         indices.begin();
@@ -220,7 +243,10 @@ impl Compiler {
             .chain(rules.iter().map(Entry::of_rule))
             .collect();
         let mut builder = Builder {
-            image: Image::default(),
+            image: Image {
+                traces,
+                ..Image::default()
+            },
             indices: &mut indices,
             capacity,
         };
@@ -279,9 +305,11 @@ impl Builder<'_> {
             self.image
                 .rules
                 .insert(rule_slot(active), rule_entry(active));
-            self.image
-                .shapes
-                .insert(rule_slot(active), shape::shape(&active.rule.shaping));
+            let mut shape = shape::shape(&active.rule.shaping);
+            if let Some(placed) = self.image.traces.get(&active.activation) {
+                shape.trace_start = placed.start;
+            }
+            self.image.shapes.insert(rule_slot(active), shape);
             let delay = active.rule.shaping.delay.as_ref();
             if let Some(table) = delay.and_then(|delay| distribution::given(&delay.distribution)) {
                 self.image.give(rule_slot(active), table);
@@ -674,6 +702,7 @@ fn rule_entry(active: &ActiveRule) -> RuleEntry {
     }
     set_fault(&mut entry, &rule.fault);
     entry.needs = shape::needs(rule);
+    entry.mtu = rule.shaping.mtu_blackhole.unwrap_or(0);
     set_selector(&mut entry, &rule.selector);
     entry
 }

@@ -9,7 +9,7 @@ use injector_common::layout::{
     Bitmap, Class, Distribution, PORT_CLASSES, PROTOCOL_CLASSES, RuleEntry, Shape,
 };
 
-use super::values::TargetSlot;
+use super::{traces::Traces, values::TargetSlot};
 
 /// A prefix of the trie: family ([`injector_common::layout::family`]), address (IPv4 in the upper 32 bits)
 /// and length.
@@ -53,6 +53,8 @@ pub struct Image {
     pub given: Vec<Arc<Distribution>>,
     /// By the slots of rules with one of them: its place in `given`.
     pub given_of: BTreeMap<u32, usize>,
+    /// Traces of the rules' rates.
+    pub traces: Traces,
 }
 
 impl Image {
@@ -79,6 +81,7 @@ impl Default for Image {
             shapes: BTreeMap::new(),
             given: Vec::new(),
             given_of: BTreeMap::new(),
+            traces: Traces::new(),
         }
     }
 }

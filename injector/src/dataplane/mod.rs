@@ -12,6 +12,7 @@ mod mapping;
 mod plane;
 mod prefixes;
 mod shape;
+pub mod traces;
 mod values;
 
 pub use image::Image;
@@ -26,4 +27,4 @@ pub use values::{
 };
 
 pub use crate::netlink::Hook;
-pub use injector_common::layout::{RuleCounters, TargetCounters};
+pub use injector_common::layout::{Histograms, RuleCounters, TargetCounters};

@@ -23,9 +23,9 @@ use injector_common::{
     holders,
     layout::{
         Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey,
-        Flushed, Held, LaneLoad, MAX_EXEMPTIONS, MAX_FLUSHES, MAX_RULES, MAX_SLOTS, PORT_CLASSES,
-        PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target,
-        TargetCounters, family, hook, lane_load, state_site,
+        Flushed, Held, Histograms, LaneLoad, MAX_EXEMPTIONS, MAX_FLUSHES, MAX_RULES, MAX_SLOTS,
+        PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey,
+        TRACE_ENTRIES, Target, TargetCounters, family, hook, lane_load, state_site,
     },
 };
 use nix::time::{ClockId, clock_gettime};
@@ -222,6 +222,8 @@ pub struct DataPlane {
     bitmaps: Mapping<Bitmap>,
     rules: Mapping<RuleEntry>,
     shapes: Mapping<Shape>,
+    traces: Mapping<u64>,
+    histograms: Mapping<Histograms>,
     prefixes: LpmTrie<MapData, Prefix, Class>,
     flows: BpfHashMap<MapData, FlowKey, FlowEntry>,
     states: BpfHashMap<MapData, StateKey, State>,
@@ -417,6 +419,8 @@ impl DataPlane {
             bitmaps: mapped(take("BITMAPS")?, "BITMAPS", 2 * sizes.bitmaps)?,
             rules: mapped(take("RULES")?, "RULES", 2 * MAX_SLOTS)?,
             shapes: mapped(take("SHAPES")?, "SHAPES", 2 * MAX_SLOTS)?,
+            traces: mapped(take("TRACES")?, "TRACES", TRACE_ENTRIES)?,
+            histograms: mapped(take("HISTOGRAMS")?, "HISTOGRAMS", MAX_RULES)?,
             prefixes: typed(take("PREFIXES")?, "PREFIXES")?,
             flows: typed(take("FLOWS")?, "FLOWS")?,
             states: typed(take("STATES")?, "STATES")?,
@@ -663,6 +667,7 @@ impl DataPlane {
         let word = unsafe { AtomicU64::from_ptr(&raw mut (*self.config.pointer(0)).epoch) };
         word.store(visible, Ordering::Release);
         self.epoch = epoch;
+        self.compiler.in_force(&image);
         self.images[copy as usize] = image;
         self.activations = rules.iter().map(|active| active.activation).collect();
         let flipped = std::time::Instant::now();
@@ -756,6 +761,15 @@ impl DataPlane {
             self.rules
                 .write(base * MAX_SLOTS as usize + *slot as usize, *rule);
         }
+        // Where the set in force has none (`traces::place`).
+        for (activation, placed) in &image.traces {
+            if self.activations.contains(activation) {
+                continue;
+            }
+            for (index, time) in (placed.start as usize..).zip(placed.trace.nanoseconds()) {
+                self.traces.write(index, time);
+            }
+        }
         for (slot, shape) in &image.shapes {
             self.shapes
                 .write(base * MAX_SLOTS as usize + *slot as usize, *shape);
@@ -806,6 +820,24 @@ impl DataPlane {
         Ok(result)
     }
 
+    /// How times are spread under a rule, in both directions.
+    #[must_use]
+    pub fn rule_histograms(&self, slot: RuleSlot) -> Box<Histograms> {
+        let mut copy = Box::<Histograms>::default();
+        let entry = self.histograms.pointer(usize::from(slot.0));
+        // SAFETY: within the mapping; the programs add to each number atomically, and each is read as a whole.
+        unsafe {
+            let counts = [&raw mut (*entry).given, &raw mut (*entry).queued];
+            for (array, target) in counts.into_iter().zip([&mut copy.given, &mut copy.queued]) {
+                for (index, value) in target.iter_mut().enumerate() {
+                    *value =
+                        AtomicU64::from_ptr(array.cast::<u64>().add(index)).load(Ordering::Relaxed);
+                }
+            }
+        }
+        copy
+    }
+
     /// Counters of a target: egress, ingress.
     pub fn target_counters(&self, slot: TargetSlot) -> Result<[TargetCounters; 2], DataPlaneError> {
         let mut result = [TargetCounters::default(); 2];
@@ -821,9 +853,11 @@ impl DataPlane {
         Ok(result)
     }
 
-    /// Zeroes the counters of a rule, before its slot is used again.
+    /// Zeroes the counters and the histograms of a rule, before its slot is used again.
     pub fn clear_rule(&mut self, slot: RuleSlot) -> Result<(), DataPlaneError> {
         let index = (MAX_EXEMPTIONS + u32::from(slot.0)) * 2;
+        self.histograms
+            .write(usize::from(slot.0), Histograms::default());
         clear(&mut self.rule_counters, "RULE_COUNTERS", index)
     }
 
@@ -853,7 +887,10 @@ impl DataPlane {
             let gone = !activations.contains(&key.activation);
             orphaned += u64::from(gone);
             // What is kept of the rule as a whole (--drop-once) is one entry, and holds as long as the rule.
-            gone || key.flow.site != state_site::RULE && is_idle(state.last_ns)
+            // A line that packets still wait for stays, however long ago the last one came.
+            let taken = (state_site::LINE..=state_site::RING + 1).contains(&key.flow.site)
+                && state.stream > now;
+            gone || key.flow.site != state_site::RULE && !taken && is_idle(state.last_ns)
         })?;
         collected.orphaned_states = orphaned;
         collected.idle_states = all - orphaned;
@@ -938,6 +975,19 @@ impl DataPlane {
             entries: Some(image.rules.len() as u64),
             capacity: MAX_RULES,
             bytes: 2 * u64::from(MAX_SLOTS) * size_of::<RuleEntry>() as u64,
+        });
+        let opportunities: u32 = image.traces.values().map(|one| one.trace.len()).sum();
+        tables.push(TableUse {
+            name: "trace opportunities",
+            entries: Some(u64::from(opportunities)),
+            capacity: TRACE_ENTRIES,
+            bytes: u64::from(TRACE_ENTRIES) * size_of::<u64>() as u64,
+        });
+        tables.push(TableUse {
+            name: "histograms",
+            entries: Some(image.rules.len() as u64),
+            capacity: MAX_RULES,
+            bytes: u64::from(MAX_RULES) * size_of::<Histograms>() as u64,
         });
         Ok(tables)
     }
@@ -1154,12 +1204,17 @@ fn add_rule_counters(sum: &mut RuleCounters, value: &RuleCounters) {
     sum.reordered_packets += value.reordered_packets;
     sum.too_long_packets += value.too_long_packets;
     sum.queued_packets += value.queued_packets;
+    sum.queued_bytes += value.queued_bytes;
     sum.queued_ns += value.queued_ns;
+    sum.queued_max_ns = sum.queued_max_ns.max(value.queued_max_ns);
+    sum.busy_ns += value.busy_ns;
     sum.overflow_packets += value.overflow_packets;
     sum.marked_packets += value.marked_packets;
     sum.stalled_packets += value.stalled_packets;
     sum.answered_packets += value.answered_packets;
     sum.corrupted_packets += value.corrupted_packets;
+    sum.stalled_ns += value.stalled_ns;
+    sum.given_max_ns = sum.given_max_ns.max(value.given_max_ns);
     if value.first_ns != 0 && (sum.first_ns == 0 || value.first_ns < sum.first_ns) {
         sum.first_ns = value.first_ns;
     }

@@ -3,19 +3,22 @@
 use std::time::Duration;
 
 use injector_common::layout::{
-    BYTE_TIME_SCALE, DISTRIBUTION_SCALE, Shape, corrupt_how, loss_model, needs, rate_share, stage,
+    BYTE_TIME_SCALE, DISTRIBUTION_SCALE, Shape, corrupt_how, loss_model, needs, queue_limit,
+    rate_share, stage,
 };
 
 use super::distribution;
 use crate::rules::{
     model::{Fault, Rule},
-    shaping::{Checksum, Corrupt, Delay, Loss, Order, Part, Rate, RateShare, Shaping},
+    shaping::{
+        Checksum, Corrupt, Delay, Loss, Order, Part, QueueLimit, Rate, RateShare, Shaping, Speed,
+    },
 };
 
 /// What a rule needs beyond its targets' hooks.
 pub(super) fn needs(rule: &Rule) -> u32 {
     let mut bits = 0;
-    if !rule.shaping.is_empty() {
+    if rule.shaping.needs_lane() {
         bits |= needs::LANE;
     }
     let by_position = !matches!(rule.fault, Fault::Cut | Fault::Reject(_) | Fault::None);
@@ -28,7 +31,8 @@ pub(super) fn needs(rule: &Rule) -> u32 {
     bits
 }
 
-/// The table's entry of a rule, save for the number of a given distribution's table.
+/// The table's entry of a rule, save for the number of a given distribution's table, and for where its trace is among
+/// all of them: whoever finds them room fills these in.
 #[must_use]
 pub fn shape(shaping: &Shaping) -> Shape {
     let mut shape = Shape::default();
@@ -63,10 +67,6 @@ pub fn shape(shaping: &Shaping) -> Shape {
         shape.duplicate = one.probability;
         shape.copies = one.copies;
         shape.copy_delay_ns = nanoseconds(one.copy_delay);
-    }
-    if let Some(bytes) = shaping.mtu_blackhole {
-        shape.stages |= stage::MTU;
-        shape.mtu = bytes;
     }
     if let Some(rate) = &shaping.rate {
         shape.stages |= stage::RATE;
@@ -115,15 +115,28 @@ fn set_delay(shape: &mut Shape, delay: &Delay) {
 }
 
 fn set_rate(shape: &mut Shape, rate: &Rate) {
-    let byte = u128::from(8_000_000_000_u64) << BYTE_TIME_SCALE;
-    shape.byte_time = u64::try_from(byte / u128::from(rate.bits.max(1))).unwrap_or(u64::MAX);
+    match &rate.speed {
+        Speed::Constant(bits) => {
+            let byte = u128::from(8_000_000_000_u64) << BYTE_TIME_SCALE;
+            shape.byte_time = u64::try_from(byte / u128::from((*bits).max(1))).unwrap_or(u64::MAX);
+        }
+        Speed::Trace(trace) => {
+            shape.trace_length = trace.len();
+            shape.trace_period_ns = nanoseconds(trace.period());
+        }
+    }
     shape.overhead = rate.overhead;
     shape.rate_share = match rate.share {
         RateShare::Rule => rate_share::RULE,
         RateShare::Flow => rate_share::FLOW,
         RateShare::Peer => rate_share::PEER,
     };
-    shape.queue_ns = nanoseconds(rate.longest_wait());
+    (shape.queue_limit, shape.queue) = match rate.queue {
+        QueueLimit::Time(time) => (queue_limit::TIME, nanoseconds(time)),
+        QueueLimit::Bytes(bytes) => (queue_limit::BYTES, bytes),
+        QueueLimit::Packets(packets) => (queue_limit::PACKETS, u64::from(packets)),
+    };
+    shape.longest_ns = nanoseconds(rate.longest_wait());
     shape.ecn_ns = rate.ecn.map_or(u64::MAX, nanoseconds);
 }
 

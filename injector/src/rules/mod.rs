@@ -15,9 +15,10 @@ pub mod numbers;
 pub mod shaping;
 pub mod spec;
 pub mod text;
+pub mod trace;
 mod validate;
 
 pub use error::{Problem, SpecError};
 pub use name::{MAX_NAME_LENGTH, check_name, generate_name};
-pub use spec::{FaultSpec, RuleSpec};
+pub use spec::{FaultSpec, RuleSpec, TraceSpec};
 pub use validate::{draw_seed, is_unconstrained};

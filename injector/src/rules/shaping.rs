@@ -8,6 +8,7 @@ use super::{
     numbers::Numbers,
     spec::FaultSpec,
     text::{distribution, duration, rate, share},
+    trace::Trace,
 };
 
 /// What a rule does to packets besides cutting them. Stages act in the order of the fields, each for itself.
@@ -217,27 +218,40 @@ pub struct Reorder {
 }
 
 /// A line of limited rate, with a queue in front of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rate {
-    /// Bits per second, of frames and [`Rate::overhead`].
-    pub bits: u64,
+    /// How fast it is.
+    pub speed: Speed,
     /// How much waits at most.
     pub queue: QueueLimit,
-    /// Bytes by which a packet is longer on the line than its frame.
-    pub overhead: u32,
+    /// Bytes by which a packet is longer on the line than its frame; under a trace, than its IP packet with the four
+    /// bytes that Mahimahi counts too. From -1000 to 1000; a packet has one byte at least.
+    pub overhead: i32,
     /// Which packets share a line.
     pub share: RateShare,
     /// Packets that wait longer are marked (ECN).
     pub ecn: Option<Duration>,
 }
 
+/// How fast a line is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Speed {
+    /// So many bits per second.
+    Constant(u64),
+    /// As a trace says.
+    Trace(Trace),
+}
+
 /// How much waits in front of a line at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QueueLimit {
-    /// Packets that would have to wait longer are lost.
+    /// A packet that would have to wait longer for its turn is lost.
     Time(Duration),
-    /// The same, in bytes.
+    /// A packet is lost if, with it, more bytes than these would still be to go (what is left of the packet on the
+    /// line included), as the line counts them; an idle line takes any packet.
     Bytes(u64),
+    /// A packet is lost if so many packets wait for their turns, 1 to 10,000.
+    Packets(u32),
 }
 
 /// Which packets share a line.
@@ -267,6 +281,15 @@ const DEFAULT_QUEUE: Duration = Duration::from_millis(100);
 /// Bits of one packet that a rule turns over at most.
 pub const MAX_BITS: u32 = injector_common::layout::MAX_BITS;
 
+/// The longest that a packet waits in a queue that is limited in packets, whose length in time nobody knows.
+const LONGEST_QUEUE: Duration = Duration::from_mins(15);
+
+/// Packets that a queue can be limited to.
+const QUEUE_PACKETS: std::ops::RangeInclusive<u32> = 1..=10_000;
+
+/// Bytes of the longest packet on a line.
+const LONGEST_PACKET: u64 = 65_535 + 1000;
+
 /// Copies of one packet at most.
 pub const MAX_COPIES: u32 = injector_common::layout::MAX_COPIES;
 
@@ -294,13 +317,26 @@ impl Shaping {
             || self.delay.as_ref().is_some_and(Delay::varies)
     }
 
+    /// Whether packets have to go through a lane. What is too long is recognised at the target's hook already.
+    #[must_use]
+    pub fn needs_lane(&self) -> bool {
+        let rest = Self {
+            mtu_blackhole: None,
+            ..self.clone()
+        };
+        !rest.is_empty()
+    }
+
     /// The longest that a packet may be held.
     #[must_use]
     pub fn longest_hold(&self) -> Duration {
         let delay = self.delay.as_ref().map_or(Duration::ZERO, Delay::longest);
         let copy = self.duplicate.map_or(Duration::ZERO, |one| one.copy_delay);
         let hold = self.reorder.map_or(Duration::ZERO, |one| one.hold);
-        let queue = self.rate.map_or(Duration::ZERO, Rate::longest_wait);
+        let queue = self
+            .rate
+            .as_ref()
+            .map_or(Duration::ZERO, Rate::longest_hold);
         let stall = self.stall.map_or(Duration::ZERO, |one| one.length);
         [copy, hold, queue, stall]
             .into_iter()
@@ -337,8 +373,11 @@ impl Shaping {
     pub(super) fn write(&self, spec: &mut FaultSpec) {
         spec.mtu_blackhole = self.mtu_blackhole;
         spec.loss = self.loss.map(Loss::format);
-        if let Some(one) = self.rate {
-            spec.rate = Some(rate::format(one.bits));
+        if let Some(one) = &self.rate {
+            match &one.speed {
+                Speed::Constant(bits) => spec.rate = Some(rate::format(*bits)),
+                Speed::Trace(trace) => spec.rate_trace = Some(trace.spec()),
+            }
             spec.queue = (one.queue != QueueLimit::Time(DEFAULT_QUEUE)).then(|| one.queue.format());
             spec.overhead = (one.overhead != 0).then_some(one.overhead);
             spec.share = (one.share != RateShare::Rule).then(|| one.share.name().to_owned());
@@ -415,12 +454,22 @@ impl Shaping {
             }
             parts.push(text);
         }
-        if let Some(one) = self.rate {
-            let mut text = format!("rate {}", rate::format(one.bits));
+        if let Some(one) = &self.rate {
+            let mut text = match &one.speed {
+                Speed::Constant(bits) => format!("rate {}", rate::format(*bits)),
+                Speed::Trace(trace) => format!(
+                    "rate by trace {} ({} on average)",
+                    trace.name(),
+                    rate::format_rounded(trace.mean_bits())
+                ),
+            };
             if one.share != RateShare::Rule {
                 let _ = write!(text, " per {}", one.share.name());
             }
             let _ = write!(text, " with a queue of {}", one.queue.format());
+            if one.overhead != 0 {
+                let _ = write!(text, ", {:+} bytes each", one.overhead);
+            }
             if let Some(ecn) = one.ecn {
                 let _ = write!(text, ", marked above {}", duration::format(ecn));
             }
@@ -502,15 +551,42 @@ impl Delay {
 }
 
 impl Rate {
-    /// The longest that a packet waits for the line.
+    /// The longest that a packet waits for its turn on the line.
     #[must_use]
-    pub fn longest_wait(self) -> Duration {
+    pub fn longest_wait(&self) -> Duration {
         match self.queue {
             QueueLimit::Time(time) => time,
-            QueueLimit::Bytes(bytes) => {
-                let nanoseconds = u128::from(bytes) * 8_000_000_000 / u128::from(self.bits.max(1));
+            QueueLimit::Bytes(bytes) => self.time_of(bytes),
+            QueueLimit::Packets(packets) => self
+                .time_of(u64::from(packets) * LONGEST_PACKET)
+                .min(LONGEST_QUEUE),
+        }
+    }
+
+    /// The longest from its arrival until it is through.
+    #[must_use]
+    pub fn longest_hold(&self) -> Duration {
+        self.longest_wait()
+            .saturating_add(self.time_of(LONGEST_PACKET))
+    }
+
+    /// The longest that so many bytes take.
+    fn time_of(&self, bytes: u64) -> Duration {
+        match &self.speed {
+            Speed::Constant(bits) => {
+                let nanoseconds = u128::from(bytes) * 8_000_000_000 / u128::from((*bits).max(1));
                 Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
             }
+            Speed::Trace(trace) => trace.longest(bytes),
+        }
+    }
+
+    /// Its mean in bits per second.
+    #[must_use]
+    pub fn mean_bits(&self) -> u64 {
+        match &self.speed {
+            Speed::Constant(bits) => *bits,
+            Speed::Trace(trace) => trace.mean_bits(),
         }
     }
 }
@@ -521,6 +597,7 @@ impl QueueLimit {
             Self::Time(time) => duration::format(time),
             Self::Bytes(bytes) if bytes.is_multiple_of(1024) => format!("{}kb", bytes / 1024),
             Self::Bytes(bytes) => format!("{bytes}b"),
+            Self::Packets(packets) => format!("{packets}p"),
         }
     }
 }
@@ -765,19 +842,36 @@ fn mtu(spec: &FaultSpec) -> Result<Option<u32>, SpecError> {
 }
 
 fn rate_of(spec: &FaultSpec) -> Result<Option<Rate>, SpecError> {
-    let Some(bits) = field("rate", spec.rate.as_ref(), rate::parse)? else {
-        without("queue", spec.queue.is_some(), "rate")?;
-        without("overhead", spec.overhead.is_some(), "rate")?;
-        without("share", spec.share.is_some(), "rate")?;
-        without("ecn", spec.ecn.is_some(), "rate")?;
-        return Ok(None);
+    let speed = match (
+        field("rate", spec.rate.as_ref(), rate::parse)?,
+        &spec.rate_trace,
+    ) {
+        (Some(bits), None) => Speed::Constant(bits),
+        (None, Some(trace)) => Speed::Trace(Trace::parse(trace)?),
+        (Some(_), Some(_)) => {
+            return Err(SpecError::field(
+                "rate_trace",
+                "a line has one rate, and rate is given too",
+                "give one of rate and rate_trace",
+            ));
+        }
+        (None, None) => {
+            const OTHER: &str = "rate or rate_trace";
+            without("queue", spec.queue.is_some(), OTHER)?;
+            without("overhead", spec.overhead.is_some(), OTHER)?;
+            without("share", spec.share.is_some(), OTHER)?;
+            without("ecn", spec.ecn.is_some(), OTHER)?;
+            return Ok(None);
+        }
     };
-    if spec.overhead.is_some_and(|bytes| bytes > 1000) {
-        let problem = Problem::new("is out of range", "0 to 1000 bytes");
-        return Err(problem.of("overhead", "more than 1000"));
+    if let Some(bytes) = spec.overhead
+        && !(-1000..=1000).contains(&bytes)
+    {
+        let problem = Problem::new("is out of range", "-1000 to 1000 bytes");
+        return Err(problem.of("overhead", &bytes.to_string()));
     }
     Ok(Some(Rate {
-        bits,
+        speed,
         queue: field("queue", spec.queue.as_ref(), queue)?
             .unwrap_or(QueueLimit::Time(DEFAULT_QUEUE)),
         overhead: spec.overhead.unwrap_or(0),
@@ -793,7 +887,18 @@ fn rate_of(spec: &FaultSpec) -> Result<Option<Rate>, SpecError> {
 }
 
 fn queue(text: &str) -> Result<QueueLimit, Problem> {
-    const ACCEPTED: &str = "a time (100ms) or bytes (64kb, 1500b, 1mb; kb is 1024 bytes)";
+    const ACCEPTED: &str =
+        "a time (100ms), bytes (64kb, 1500b, 1mb; kb is 1024 bytes) or packets (50p, 1 to 10000)";
+    if let Some(number) = text.strip_suffix('p')
+        && number.bytes().all(|byte| byte.is_ascii_digit())
+    {
+        return number
+            .parse()
+            .ok()
+            .filter(|packets| QUEUE_PACKETS.contains(packets))
+            .map(QueueLimit::Packets)
+            .ok_or_else(|| Problem::new("is not a length of a queue", ACCEPTED));
+    }
     let units = [("kb", 1024), ("mb", 1024 * 1024), ("b", 1)];
     for (unit, bytes) in units {
         if let Some(number) = text.strip_suffix(unit)
@@ -892,6 +997,8 @@ mod tests {
             r#"{"mtu_blackhole":1400}"#,
             r#"{"rate":"10mbit"}"#,
             r#"{"rate":"10mbit","queue":"64kb","overhead":24,"share":"peer","ecn":"5ms"}"#,
+            r#"{"rate":"10mbit","queue":"50p","overhead":-14}"#,
+            r#"{"rate_trace":{"name":"lte","milliseconds":[0,3,3,9]},"queue":"1s","share":"flow"}"#,
             r#"{"stall":"15s"}"#,
             r#"{"stall":"15s","every":"1m"}"#,
             r#"{"delay":"10ms","loss":"0.1%","duplicate":"1%","reorder":"5%","hold":"3ms"}"#,
@@ -982,7 +1089,15 @@ mod tests {
             (r#"{"mtu_blackhole":10}"#, "mtu_blackhole"),
             (r#"{"rate":"10"}"#, "rate"),
             (r#"{"queue":"1s"}"#, "queue"),
-            (r#"{"rate":"1mbit","queue":"50p"}"#, "queue"),
+            (r#"{"rate":"1mbit","queue":"0p"}"#, "queue"),
+            (r#"{"rate":"1mbit","queue":"10001p"}"#, "queue"),
+            (r#"{"rate":"1mbit","queue":"p"}"#, "queue"),
+            (r#"{"rate":"1mbit","overhead":-1001}"#, "overhead"),
+            (
+                r#"{"rate":"1mbit","rate_trace":{"milliseconds":[1]}}"#,
+                "rate_trace",
+            ),
+            (r#"{"rate_trace":{"milliseconds":[]}}"#, "rate_trace"),
             (r#"{"rate":"1mbit","share":"host"}"#, "share"),
             (r#"{"every":"1s"}"#, "every"),
             (r#"{"stall":"2s","every":"1s"}"#, "every"),

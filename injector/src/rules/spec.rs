@@ -245,12 +245,15 @@ pub struct FaultSpec {
     /// Packets go through a line of so many bits per second: `10mbit`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate: Option<String>,
-    /// What waits in front of it at most: `100ms` (the default), `64kb`.
+    /// Packets go through a line whose rate follows a trace, in place of `rate`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_trace: Option<TraceSpec>,
+    /// What waits in front of it at most: `100ms` (the default), `64kb`, `50p`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue: Option<String>,
-    /// Bytes by which a packet is longer on the line than its frame; 0 where absent.
+    /// Bytes by which a packet is longer on the line than its frame, or shorter where it is negative; 0 where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub overhead: Option<u32>,
+    pub overhead: Option<i32>,
     /// Which packets share a line: `rule` (the default), `flow` or `peer`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share: Option<String>,
@@ -263,6 +266,17 @@ pub struct FaultSpec {
     /// So again and again: `60s`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub every: Option<String>,
+}
+
+/// A trace of a link's rate: an opportunity to deliver 1504 bytes at each of these times, over and over.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TraceSpec {
+    /// What it is called.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Times in milliseconds, in ascending order; the last one is also after how long it begins again.
+    pub milliseconds: Vec<u32>,
 }
 
 impl FaultSpec {

@@ -94,6 +94,8 @@ pub struct RuleCounters {
     pub overflow_packets: u64,
     /// Through a line of limited rate.
     pub queued_packets: u64,
+    /// How long that was busy with them, in nanoseconds.
+    pub busy_ns: u64,
     /// Marked (ECN).
     pub marked_packets: u64,
     /// Corrupted.
@@ -119,6 +121,40 @@ pub struct RuleStats {
     pub egress: RuleCounters,
     /// Packets that arrived.
     pub ingress: RuleCounters,
+    /// What was asked beside what became of it.
+    #[serde(default)]
+    pub realised: Vec<Realised>,
+}
+
+impl RuleStats {
+    /// What became of one of its faults.
+    pub fn realised(&self, fault: &str) -> Result<&Realised> {
+        self.realised
+            .iter()
+            .find(|one| one.fault == fault)
+            .with_context(|| format!("nothing is said of {fault}: {self:?}"))
+    }
+}
+
+/// One fault of a rule, as asked and as it turned out; times in seconds.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Realised {
+    /// Its name.
+    pub fault: String,
+    /// What was asked.
+    pub asked: f64,
+    /// What happened.
+    pub realised: Option<f64>,
+    /// Wire packets.
+    pub packets: u64,
+    /// Median.
+    pub p50: Option<f64>,
+    /// 90 % are not above.
+    pub p90: Option<f64>,
+    /// 99 % are not above.
+    pub p99: Option<f64>,
+    /// The longest.
+    pub max: Option<f64>,
 }
 
 /// Counters of one target in one direction.

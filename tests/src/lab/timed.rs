@@ -14,7 +14,9 @@ use nix::{
     sys::{
         socket::{
             ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt,
-            sockopt::{ReceiveTimestampns, UdpGsoSegment},
+            sockopt::{
+                IpRecvTos, Ipv4Tos, Ipv6RecvTClass, Ipv6TClass, ReceiveTimestampns, UdpGsoSegment,
+            },
         },
         time::TimeSpec,
     },
@@ -42,6 +44,8 @@ pub struct Arrived {
     pub number: u32,
     /// When the kernel saw it, in nanoseconds of the time of day.
     pub at_ns: i64,
+    /// Its DS field or traffic class; the lower two bits are the ECN field.
+    pub class: u8,
 }
 
 /// A one-way path between two nodes.
@@ -68,6 +72,11 @@ impl Timed {
         let receiver = socket(&to.ns, target)?;
         receiver.set_nonblocking(true)?;
         setsockopt(&receiver, ReceiveTimestampns, &true).context("SO_TIMESTAMPNS")?;
+        if target.is_ipv4() {
+            setsockopt(&receiver, IpRecvTos, &true).context("IP_RECVTOS")?;
+        } else {
+            setsockopt(&receiver, Ipv6RecvTClass, &true).context("IPV6_RECVTCLASS")?;
+        }
         let sender = socket(&from.ns, source)?;
         sender.connect(target)?;
         Ok(Self {
@@ -83,8 +92,27 @@ impl Timed {
         &self.sender
     }
 
+    /// Gives what is sent from now on this DS field or traffic class.
+    pub fn set_class(&self, class: u8) -> Result<()> {
+        if self.ends.0.is_ipv4() {
+            setsockopt(&self.sender, Ipv4Tos, &class.into()).context("IP_TOS")
+        } else {
+            setsockopt(&self.sender, Ipv6TClass, &class.into()).context("IPV6_TCLASS")
+        }
+    }
+
     /// Sends datagrams of these numbers, one after the other, each so long after the one before.
     pub fn send(&self, numbers: impl IntoIterator<Item = u32>, gap: Duration) -> Result<Vec<Sent>> {
+        self.send_sized(numbers, 64, gap)
+    }
+
+    /// The same with datagrams of so many bytes.
+    pub fn send_sized(
+        &self,
+        numbers: impl IntoIterator<Item = u32>,
+        size: usize,
+        gap: Duration,
+    ) -> Result<Vec<Sent>> {
         let mut sent = Vec::new();
         let began = Instant::now();
         for (index, number) in (0_u32..).zip(numbers) {
@@ -99,7 +127,7 @@ impl Timed {
                 at_ns: now_ns()?,
             });
             self.sender
-                .send(&numbered(number, 0, 64))
+                .send(&numbered(number, 0, size))
                 .with_context(|| format!("sending datagram {number}"))?;
         }
         Ok(sent)
@@ -151,7 +179,7 @@ impl Timed {
 
     fn one(&self) -> Result<Option<Arrived>> {
         let mut bytes = [0; 2048];
-        let mut space = nix::cmsg_space!(TimeSpec);
+        let mut space = nix::cmsg_space!(TimeSpec, i32);
         let mut slices = [IoSliceMut::new(&mut bytes)];
         let message = match recvmsg::<SockaddrStorage>(
             self.receiver.as_raw_fd(),
@@ -164,15 +192,22 @@ impl Timed {
             Err(error) => return Err(error).context("receiving datagrams"),
         };
         let mut at_ns = None;
+        let mut class = 0;
         for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmTimestampns(time) = control {
-                at_ns = Some(nanoseconds(time.tv_sec(), time.tv_nsec()));
+            match control {
+                ControlMessageOwned::ScmTimestampns(time) => {
+                    at_ns = Some(nanoseconds(time.tv_sec(), time.tv_nsec()));
+                }
+                ControlMessageOwned::Ipv4Tos(tos) => class = tos,
+                ControlMessageOwned::Ipv6TClass(tos) => class = u8::try_from(tos)?,
+                _ => {}
             }
         }
         let at_ns = at_ns.context("a datagram came without its time of arrival")?;
         Ok(Some(Arrived {
             number: u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
             at_ns,
+            class,
         }))
     }
 }

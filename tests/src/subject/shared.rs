@@ -16,8 +16,8 @@ use injector_common::{
     decide::{Advanced, Step, Tables, Verdict, Work, decide},
     layout::{
         Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, Flushed, FragmentKey,
-        Held, MAX_EXEMPTIONS, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters,
-        RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper, family,
+        Held, Histograms, MAX_EXEMPTIONS, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix,
+        RuleCounters, RuleEntry, Shape, State, StateKey, Target, TargetCounters, Upper, family,
     },
     segments::Meta,
 };
@@ -71,6 +71,7 @@ struct Memory {
     connections: Table<FlowKey, Connection>,
     fragments: RefCell<HashMap<FragmentKey, Upper>>,
     rule_counters: Table<u32, RuleCounters>,
+    histograms: Table<u32, Histograms>,
     target_counters: Table<u32, TargetCounters>,
     work: Box<UnsafeCell<Work>>,
 }
@@ -272,6 +273,25 @@ impl Tables for Memory {
 
     fn set_fragment(&self, key: &FragmentKey, upper: &Upper) {
         self.fragments.borrow_mut().insert(*key, *upper);
+    }
+
+    fn trace(&self, index: u32) -> Option<u64> {
+        let placed = self
+            .image
+            .traces
+            .values()
+            .find(|one| (one.start..one.start + one.trace.len()).contains(&index))?;
+        placed
+            .trace
+            .nanoseconds()
+            .nth((index - placed.start) as usize)
+    }
+
+    fn histograms(&self, slot: u32) -> Option<*mut Histograms> {
+        if pointer(&self.histograms, &slot).is_none() {
+            put(&self.histograms, &slot, Histograms::default());
+        }
+        pointer(&self.histograms, &slot)
     }
 
     fn rule_counters(&self, index: u32) -> Option<*mut RuleCounters> {

@@ -12,6 +12,7 @@ mod host;
 mod isolation;
 mod lanes;
 mod machinery;
+mod mtu;
 mod positions;
 mod redis;
 mod reject;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         exec::tests,
         bad_input::tests,
         machinery::tests,
+        mtu::tests,
     ] {
         trials.extend(tests());
     }

@@ -9,9 +9,14 @@ mod corrupt;
 mod delay;
 mod kinds;
 mod life;
+mod mtu;
 mod order;
+mod queue;
 mod queues;
+mod rate;
 mod smoke;
+mod smoke;
+mod stall;
 mod undo;
 mod way_back;
 
@@ -36,6 +41,10 @@ fn main() -> ExitCode {
         way_back::tests,
         kinds::tests,
         undo::tests,
+        rate::tests,
+        queue::tests,
+        stall::tests,
+        mtu::tests,
     ] {
         trials.extend(tests());
     }

@@ -54,6 +54,21 @@ pub fn format(bits: u64) -> String {
     format!("{}{name}", bits / unit)
 }
 
+/// Writes a rate in its largest unit, rounded to two decimals: for people.
+#[must_use]
+pub fn format_rounded(bits: u64) -> String {
+    let (name, unit) = UNITS
+        .into_iter()
+        .find(|(_, unit)| bits >= *unit)
+        .unwrap_or(("bit", 1));
+    let hundredths = (u128::from(bits) * 100 + u128::from(unit) / 2) / u128::from(unit);
+    if hundredths.is_multiple_of(100) {
+        format!("{}{name}", hundredths / 100)
+    } else {
+        format!("{}.{:02}{name}", hundredths / 100, hundredths % 100)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,6 +86,18 @@ mod tests {
             assert_eq!(format(bits), text);
         }
         assert_eq!(parse("1.5Mbit").unwrap(), 1_500_000);
+    }
+
+    #[test]
+    fn rounded() {
+        for (bits, text) in [
+            (10_000_000, "10mbit"),
+            (2_406_400, "2.41mbit"),
+            (999_996_000, "1000mbit"),
+            (12, "12bit"),
+        ] {
+            assert_eq!(format_rounded(bits), text);
+        }
     }
 
     #[test]
