@@ -398,7 +398,7 @@ fn decide_direction<P: Packet, T: Tables>(
 /// Whether a frame can be sent back. Not if it is addressed to a group or to everybody, by the lowest bit of its
 /// first byte (IEEE 802): what was sent to many is answered by none (RFC 1122, section 3.2.2). Nor with tags of the
 /// obsolete ethertype 0x9100 in the packet, which the kernel does not know for tags (`eth_type_vlan`,
-/// include/linux/if_vlan.h), so that it cannot make room behind them.
+/// `include/linux/if_vlan.h`), so that it cannot make room behind them.
 #[inline(always)]
 fn can_go_back<P: Packet>(packet: &P, l2_length: u32, network_offset: u32) -> bool {
     if l2_length == 0 {

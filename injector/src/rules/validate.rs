@@ -799,6 +799,11 @@ mod tests {
             r#""proto":"tcp","key":"tuple","fault":{"drop_first":5}"#,
             r#""proto":"tcp","fault":{"drop_every":5},"unprotected":true"#,
             r#""all_traffic":true,"fault":{"drop_once":true}"#,
+            r#""proto":"tcp","fault":{"reject":"rst"}"#,
+            r#""tcp_flags":"syn","fault":{"reject":"rst"}"#,
+            r#""peer":"10.0.0.1","fault":{"reject":"icmp-host"}"#,
+            r#""peer":"10.0.0.1","fault":{"reject":"icmp-port"}"#,
+            r#""peer":"10.0.0.1","fault":{"reject":"icmp-admin"}"#,
         ] {
             let rule = parse(fields).unwrap_or_else(|error| panic!("{fields}: {error}"));
             let spec = RuleSpec::from(&rule);
@@ -911,6 +916,26 @@ mod tests {
             .unwrap()
             .selector;
         assert_eq!(nd.protocols, [Protocol::Nd]);
+    }
+
+    #[test]
+    fn rejects_are_checked() {
+        for (fields, field) in [
+            (r#""proto":"tcp","fault":{"reject":"drop"}"#, "reject"),
+            (r#""proto":"udp","fault":{"reject":"rst"}"#, "reject"),
+            (r#""proto":"tcp,udp","fault":{"reject":"rst"}"#, "reject"),
+            (r#""peer":"10.0.0.1","fault":{"reject":"rst"}"#, "reject"),
+            (
+                r#""proto":"udp","fault":{"reject":"icmp-port","delay":"1s"}"#,
+                "reject",
+            ),
+            (
+                r#""proto":"udp","fault":{"reject":"icmp-port","cut":true}"#,
+                "fault",
+            ),
+        ] {
+            assert_eq!(error(fields).field, field, "{fields}");
+        }
     }
 
     #[test]

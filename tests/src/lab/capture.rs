@@ -45,6 +45,8 @@ pub struct Frame {
     pub partial: bool,
     /// Bytes of the link layer, tags in the frame included.
     pub link: usize,
+    /// Whether it does not arrive, but leaves.
+    leaves: bool,
 }
 
 impl Capture {
@@ -64,7 +66,9 @@ impl Capture {
     pub fn drain(&self) -> Result<Vec<Frame>> {
         let mut frames = Vec::new();
         while let Some(frame) = self.receive()? {
-            frames.extend(frame);
+            if !frame.leaves {
+                frames.push(frame);
+            }
         }
         Ok(frames)
     }
@@ -79,8 +83,8 @@ impl Capture {
         Ok(frames)
     }
 
-    /// One frame; an inner `None` for one that leaves.
-    fn receive(&self) -> Result<Option<Option<Frame>>> {
+    /// One frame.
+    fn receive(&self) -> Result<Option<Frame>> {
         let mut bytes = vec![0_u8; 1 << 17];
         let mut control = [0_u64; 16];
         // SAFETY: all-zero bytes are valid in both.
@@ -109,9 +113,6 @@ impl Capture {
                 io::ErrorKind::WouldBlock => Ok(None),
                 _ => Err(last_error("recvmsg(AF_PACKET)")),
             };
-        }
-        if from.sll_pkttype == libc::PACKET_OUTGOING {
-            return Ok(Some(None));
         }
         let mut tag = None;
         // SAFETY: the kernel filled the control buffer; the macros walk it within msg_controllen.
@@ -148,12 +149,13 @@ impl Capture {
         while matches!(bytes.get(link - 2..link), Some([0x81, 0x00] | [0x88, 0xa8])) {
             link += 4;
         }
-        Ok(Some(Some(Frame {
+        Ok(Some(Frame {
+            leaves: from.sll_pkttype == libc::PACKET_OUTGOING,
             bytes,
             tag,
             partial,
             link,
-        })))
+        }))
     }
 }
 

@@ -51,6 +51,10 @@ pub struct TargetOutcome {
 }
 
 /// What the model decided for one packet.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a finding of its own"
+)]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
     /// Lost.

@@ -18,7 +18,7 @@ use nix::{
     },
 };
 use tests::lab::{
-    capture::{Capture, Frame, Ip, Said},
+    capture::{Capture, Frame, Ip, Said, sum},
     frame::{ETH_QINQ, ETH_VLAN, Extension, Layer4, Packet, flag},
     injector::{Injector, RuleCounters},
     packet_socket::Sender,
@@ -314,7 +314,7 @@ fn a_udp_sender_learns_of_what_became_of_its_datagram() -> Result<()> {
                 }
                 let room = if v6 { 1280 - 48 - 48 } else { 576 - 28 - 28 };
                 for length in [1, 5, 100, room, 1400] {
-                    let payload: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
+                    let payload: Vec<u8> = (0..=250).cycle().take(length).collect();
                     // An error that is waiting fails one send.
                     let _waiting = socket.take_error()?;
                     socket.send(&payload)?;
@@ -376,14 +376,12 @@ fn connections_are_reset() -> Result<()> {
             let mut client = tcp::connect(&a.ns, to, PATIENCE)?;
             let mut server = tcp::accept(&listener, PATIENCE)?;
             client.set_write_timeout(Some(TOLD_WITHIN))?;
+            let end = server.try_clone()?;
             let reader = std::thread::spawn(move || {
                 let mut buffer = vec![0; 1 << 18];
                 let mut total = 0_u64;
                 while let Ok(got @ 1..) = server.read(&mut buffer) {
                     total += got as u64;
-                    if server.set_read_timeout(Some(TOLD_WITHIN)).is_err() {
-                        break;
-                    }
                 }
                 total
             });
@@ -412,7 +410,8 @@ fn connections_are_reset() -> Result<()> {
                 "no super-packet was rejected: {now:?}"
             );
             injector.json(&["heal", "no"])?;
-            drop(client);
+            // The server is told nothing: its side is cut off by hand.
+            end.shutdown(std::net::Shutdown::Both)?;
             let total = reader.join().map_err(|_| anyhow::anyhow!("the reader"))?;
             ensure!(total > 0, "nothing was sent before");
         }
@@ -454,7 +453,7 @@ fn loopback() -> Result<()> {
     Ok(())
 }
 
-/// A frame, what it is answered with, and the tags of the answer.
+/// A packet to be rejected, and its number.
 struct Exchange {
     packet: Packet,
     number: u32,
@@ -683,7 +682,8 @@ fn checksums_are_right_whoever_completes_them() -> Result<()> {
     Ok(())
 }
 
-/// The checksum of a packet within an error is right, where it is there as a whole.
+/// The checksum of a packet within an error is right, where it is there as a whole; or it is as its sender left it
+/// to a device, with the sum of the pseudo-header in its place.
 fn whole_checksum(about: &[u8], v6: bool) -> Result<()> {
     let stated = |at: usize| usize::from(u16::from_be_bytes([about[at], about[at + 1]]));
     let (length, header, protocol) = if v6 {
@@ -698,8 +698,13 @@ fn whole_checksum(about: &[u8], v6: bool) -> Result<()> {
     summed.extend([0, protocol]);
     summed.extend(u32::try_from(length - header)?.to_be_bytes());
     summed.extend(&about[header..]);
-    let sum = tests::lab::capture::sum(&summed);
-    ensure!(sum == 0xffff, "the original's checksum: {sum:#x}");
+    let field = header + if protocol == 6 { 16 } else { 6 };
+    let left = sum(&summed[..summed.len() - about[header..].len()]).to_be_bytes();
+    let sum = sum(&summed);
+    ensure!(
+        sum == 0xffff || about[field..field + 2] == left,
+        "the original's checksum: {sum:#x}"
+    );
     Ok(())
 }
 
@@ -764,7 +769,7 @@ fn some_packets_are_not_answered() -> Result<()> {
     );
     let now = counters(&injector)?;
     ensure!(
-        now.cut_packets >= frames.len() as u64 + 1 && now.answered_packets == 1,
+        now.cut_packets > frames.len() as u64 && now.answered_packets == 1,
         "{now:?}"
     );
     Ok(())

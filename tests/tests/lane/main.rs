@@ -14,6 +14,7 @@ mod order;
 mod queue;
 mod queues;
 mod rate;
+mod reject;
 mod smoke;
 mod smoke;
 mod stall;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         smoke::tests,
         delay::tests,
         order::tests,
+        reject::tests,
         chance::tests,
         corrupt::tests,
         life::tests,
