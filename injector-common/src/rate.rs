@@ -355,7 +355,7 @@ mod tests {
     use crate::{
         decide::Advanced,
         layout::{
-            Bitmap, Class, Config, Connection, Distribution, FlowEntry, FragmentKey, Held,
+            Bitmap, Class, Config, Connection, Distribution, FlowEntry, Flushed, FragmentKey, Held,
             Histograms, MAX_EXEMPTIONS, Prefix, RuleCounters, State, Target, TargetCounters, Upper,
         },
         segments::Segments,
@@ -556,6 +556,9 @@ mod tests {
             None
         }
         fn hold(&self, _: &FlowKey) -> Option<*mut Held> {
+            None
+        }
+        fn flushed(&self, _: u16) -> Option<*mut Flushed> {
             None
         }
         fn target_counters(&self, _: u32) -> Option<*mut TargetCounters> {

@@ -8,7 +8,7 @@ use crate::{
     dataplane::Histograms,
     protocol::RuleCounters,
     rules::{
-        shaping::{Distribution, Loss, Shaping},
+        shaping::{Delay, Distribution, Loss, Shaping},
         text::distribution::TABLE_SCALE,
     },
 };
@@ -119,23 +119,11 @@ pub fn realised(
         );
     }
     if let Some(delay) = &shaping.delay {
-        let base = delay.base.as_secs_f64();
-        let asked = match &delay.distribution {
-            // Its jitter is the mean of what comes on top.
-            Distribution::Exponential => base + delay.jitter.as_secs_f64(),
-            Distribution::Table(numbers) => {
-                let unit = delay.jitter.as_secs_f64() / signed(TABLE_SCALE);
-                numbers.mean(|value| (base + unit * signed(value)).max(0.0))
-            }
-            Distribution::Samples(numbers) => numbers.mean(|value| base + signed(value) / 1e9),
-            // netem's tables are centred on the mean of the whole Pareto distribution.
-            _ => base,
-        };
         let given = float(counters.delayed_ns) / 1e9;
         add(
             "delay",
             Unit::Seconds,
-            asked,
+            mean_delay(delay),
             given,
             counters.delayed_packets,
         );
@@ -186,6 +174,22 @@ pub fn realised(
         });
     }
     list
+}
+
+/// The mean of the delays that are asked for, in seconds.
+fn mean_delay(delay: &Delay) -> f64 {
+    let base = delay.base.as_secs_f64();
+    match &delay.distribution {
+        // Its jitter is the mean of what comes on top.
+        Distribution::Exponential => base + delay.jitter.as_secs_f64(),
+        Distribution::Table(numbers) => {
+            let unit = delay.jitter.as_secs_f64() / signed(TABLE_SCALE);
+            numbers.mean(|value| (base + unit * signed(value)).max(0.0))
+        }
+        Distribution::Samples(numbers) => numbers.mean(|value| base + signed(value) / 1e9),
+        // netem's tables are centred on the mean of the whole Pareto distribution.
+        _ => base,
+    }
 }
 
 /// The share of packets that a model of loss takes in the long run.

@@ -16,7 +16,6 @@ mod queues;
 mod rate;
 mod reject;
 mod smoke;
-mod smoke;
 mod stall;
 mod undo;
 mod way_back;
