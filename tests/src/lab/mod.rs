@@ -6,13 +6,17 @@
 //! the next one ([`sweep`]).
 
 pub mod binomial;
+mod bpf;
 pub mod command;
 pub mod counters;
+pub mod departure;
 pub mod etcd;
 pub mod foreign;
 pub mod frame;
 pub mod http;
 pub mod injector;
+pub mod load;
+pub mod netem;
 pub mod netns;
 pub mod packet_socket;
 pub mod process;

@@ -9,6 +9,7 @@ mod delay;
 mod life;
 mod order;
 mod smoke;
+mod throughput;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         order::tests,
         chance::tests,
         life::tests,
+        throughput::tests,
     ] {
         trials.extend(tests());
     }
