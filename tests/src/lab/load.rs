@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, ensure};
 
 use super::{
     tcp::{accept, connect, listen},
@@ -77,6 +77,75 @@ impl Load {
             Ok::<_, anyhow::Error>(arrived)
         })?;
         Ok(8.0 * f64::from(u32::try_from(arrived)?) / self.lasting.as_secs_f64())
+    }
+}
+
+/// So many bytes on each of several connections at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Transfer {
+    /// Connections, all to one port.
+    pub streams: u32,
+    /// Bytes on each.
+    pub bytes: usize,
+    /// By when they must all have arrived.
+    pub within: Duration,
+}
+
+impl Transfer {
+    /// Sends from one node to a port of another; returns the senders' addresses, and how long it took.
+    pub fn run(&self, from: &Node, to: &Node, port: u16) -> Result<(Vec<SocketAddr>, Duration)> {
+        let listener = listen(&to.ns, to.at(port))?;
+        let began = Instant::now();
+        let senders = thread::scope(|scope| {
+            let mut sending = Vec::new();
+            let mut receiving = Vec::new();
+            for _ in 0..self.streams {
+                let mut sender = connect(&from.ns, to.at(port), self.within)?;
+                let mut receiver = accept(&listener, self.within)?;
+                sender.set_write_timeout(Some(self.within))?;
+                receiver.set_read_timeout(Some(self.within))?;
+                sending.push(scope.spawn(move || {
+                    let chunk = vec![0x5a; 1 << 16];
+                    let mut left = self.bytes;
+                    while left > 0 {
+                        let now = left.min(chunk.len());
+                        sender
+                            .write_all(&chunk[..now])
+                            .context("sending a transfer")?;
+                        left -= now;
+                    }
+                    Ok(sender.local_addr()?)
+                }));
+                receiving.push(scope.spawn(move || {
+                    let mut buffer = vec![0; 1 << 18];
+                    let mut arrived = 0;
+                    loop {
+                        match receiver.read(&mut buffer).context("receiving a transfer")? {
+                            0 => break,
+                            length => arrived += length,
+                        }
+                    }
+                    ensure!(
+                        arrived == self.bytes,
+                        "{arrived} of {} bytes of a transfer arrived",
+                        self.bytes
+                    );
+                    Ok(())
+                }));
+            }
+            for one in receiving {
+                one.join()
+                    .map_err(|_| anyhow!("a receiver of a transfer panicked"))??;
+            }
+            sending
+                .into_iter()
+                .map(|one| {
+                    one.join()
+                        .map_err(|_| anyhow!("a sender of a transfer panicked"))?
+                })
+                .collect::<Result<Vec<SocketAddr>>>()
+        })?;
+        Ok((senders, began.elapsed()))
     }
 }
 

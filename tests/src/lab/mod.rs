@@ -7,6 +7,8 @@
 
 pub mod binomial;
 mod bpf;
+pub mod bursts;
+pub mod capture;
 pub mod command;
 pub mod counters;
 pub mod departure;
@@ -19,6 +21,7 @@ pub mod load;
 pub mod netem;
 pub mod netns;
 pub mod packet_socket;
+pub mod probe;
 pub mod process;
 pub mod redis;
 pub mod scratch;

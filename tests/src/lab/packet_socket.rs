@@ -26,7 +26,7 @@ use super::{
 /// Every protocol, as `socket(2)` takes it (`ETH_P_ALL`).
 const ETH_ALL: u16 = 3;
 /// Room for everything that one test sends before it looks.
-const BUFFER: libc::c_int = 64 << 20;
+pub(super) const BUFFER: libc::c_int = 64 << 20;
 
 /// Sends frames through one interface.
 #[derive(Debug)]
@@ -59,7 +59,13 @@ fn length_of<T>() -> libc::socklen_t {
     libc::socklen_t::try_from(size_of::<T>()).unwrap_or(0)
 }
 
-fn set_option(socket: RawFd, level: libc::c_int, name: libc::c_int, value: i32) -> Result<()> {
+/// Sets an option whose value is a number.
+pub(super) fn set_option(
+    socket: RawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: i32,
+) -> Result<()> {
     // SAFETY: `value` outlives the call and its size is passed.
     let result = unsafe {
         libc::setsockopt(
@@ -76,7 +82,8 @@ fn set_option(socket: RawFd, level: libc::c_int, name: libc::c_int, value: i32) 
     Ok(())
 }
 
-fn open(interface: &str, ethertype: u16) -> Result<OwnedFd> {
+/// A packet socket of this thread's namespace for one ethertype at one interface.
+pub(super) fn open(interface: &str, ethertype: u16) -> Result<OwnedFd> {
     let index = if_nametoindex(interface).with_context(|| format!("no interface {interface}"))?;
     let protocol = ethertype.to_be();
     // SAFETY: plain system calls; the descriptor is owned from here on.
