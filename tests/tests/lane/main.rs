@@ -10,6 +10,7 @@ mod life;
 mod order;
 mod smoke;
 mod throughput;
+mod wire;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         chance::tests,
         life::tests,
         throughput::tests,
+        wire::tests,
     ] {
         trials.extend(tests());
     }
