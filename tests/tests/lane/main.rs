@@ -4,6 +4,7 @@
 //! Needs root and `INJECTOR_BIN`. The same rules as in the lab tier. Nodes have a clsact beforehand: the kernel
 //! drops packets while one is made or deleted, and here each packet is accounted for.
 
+mod burst;
 mod chance;
 mod delay;
 mod life;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         order::tests,
         chance::tests,
         life::tests,
+        burst::tests,
         throughput::tests,
         wire::tests,
     ] {
