@@ -6,6 +6,7 @@
 
 mod burst;
 mod chance;
+mod compose;
 mod delay;
 mod life;
 mod order;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         order::tests,
         chance::tests,
         life::tests,
+        compose::tests,
         burst::tests,
         throughput::tests,
         wire::tests,
