@@ -68,8 +68,8 @@ fn faults_in_one_rule() -> Result<()> {
     Ok(())
 }
 
-/// Several duplicate, which netem refuses on newer kernels (`check_netem_in_tree`, `net/sched/sch_netem.c`): its
-/// copies enter again at the root.
+/// Several duplicate, which netem refuses on some kernels (`check_netem_in_tree`, `net/sched/sch_netem.c`): its copies
+/// enter again at the root.
 fn several_rules() -> Result<()> {
     const RULES: [Rule; 3] = [
         Rule {

@@ -4,6 +4,7 @@
 //! Needs root and `INJECTOR_BIN`. The same rules as in the lab tier. Nodes have a clsact beforehand: the kernel
 //! drops packets while one is made or deleted, and here each packet is accounted for.
 
+mod accuracy;
 mod burst;
 mod chance;
 mod compose;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     for tests in [
         smoke::tests,
         delay::tests,
+        accuracy::tests,
         order::tests,
         chance::tests,
         life::tests,
