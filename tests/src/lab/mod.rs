@@ -6,18 +6,25 @@
 //! the next one ([`sweep`]).
 
 pub mod binomial;
+mod bpf;
+pub mod bursts;
 pub mod capture;
 pub mod command;
 pub mod counters;
+pub mod departure;
 pub mod etcd;
 pub mod foreign;
 pub mod frame;
 pub mod http;
 pub mod injector;
 pub mod iperf;
+pub mod load;
+pub mod netem;
 pub mod netns;
+pub mod on_wire;
 pub mod packet_socket;
 pub mod ping;
+pub mod probe;
 pub mod process;
 pub mod redis;
 pub mod scratch;

@@ -26,7 +26,7 @@ use super::{
 /// Every protocol, as `socket(2)` takes it (`ETH_P_ALL`).
 const ETH_ALL: u16 = 3;
 /// Room for everything that one test sends before it looks.
-const BUFFER: libc::c_int = 64 << 20;
+pub(super) const BUFFER: libc::c_int = 64 << 20;
 
 /// Sends frames through one interface.
 #[derive(Debug)]
@@ -75,6 +75,7 @@ fn length_of<T>() -> libc::socklen_t {
     libc::socklen_t::try_from(size_of::<T>()).unwrap_or(0)
 }
 
+/// Sets an option whose value is a number.
 pub(super) fn set_option(
     socket: RawFd,
     level: libc::c_int,
@@ -97,6 +98,7 @@ pub(super) fn set_option(
     Ok(())
 }
 
+/// A packet socket of this thread's namespace for one ethertype at one interface.
 pub(super) fn open(interface: &str, ethertype: u16) -> Result<OwnedFd> {
     let index = if_nametoindex(interface).with_context(|| format!("no interface {interface}"))?;
     let protocol = ethertype.to_be();

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use injector::netlink::{Hook, NewFilter, attach};
 use nix::net::if_::if_nametoindex;
 
-use super::{netns::Netns, tcx::load};
+use super::{bpf::load_classifier, netns::Netns};
 
 /// A field of `struct __sk_buff` (`include/uapi/linux/bpf.h`): its offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +75,7 @@ fn filter(
     instructions: &[u64],
     priority: u16,
 ) -> Result<()> {
-    let program = load(instructions)?;
+    let program = load_classifier(instructions)?;
     ns.enter(|| {
         let index = if_nametoindex(interface).context(interface.to_owned())?;
         let filter = NewFilter {

@@ -25,7 +25,7 @@ use nix::{
 
 use super::{
     topology::Node,
-    udp::{numbered, socket},
+    udp::{drain, numbered, socket},
 };
 
 /// A datagram that was sent.
@@ -143,13 +143,30 @@ impl Timed {
         let numbers: Vec<u32> = numbers.into_iter().collect();
         setsockopt(&self.sender, UdpGsoSegment, &i32::from(size)).context("UDP_SEGMENT")?;
         for group in numbers.chunks(segments) {
-            let bytes: Vec<u8> = group
-                .iter()
-                .flat_map(|&number| numbered(number, 0, usize::from(size)))
-                .collect();
+            let mut bytes = vec![0; group.len() * usize::from(size)];
+            for (place, number) in bytes.chunks_mut(size.into()).zip(group) {
+                place[..4].copy_from_slice(&number.to_be_bytes());
+            }
             self.sender.send(&bytes).context("sending a super-packet")?;
         }
         setsockopt(&self.sender, UdpGsoSegment, &0).context("UDP_SEGMENT")
+    }
+
+    /// Sends datagrams of `size` bytes for so long, as many as go; returns how many the kernel took.
+    pub fn flood(&self, lasting: Duration, size: usize) -> Result<u32> {
+        let began = Instant::now();
+        let bytes = numbered(0, 0, size);
+        let mut sent = 0;
+        while began.elapsed() < lasting {
+            self.sender.send(&bytes).context("flooding")?;
+            sent += 1;
+        }
+        Ok(sent)
+    }
+
+    /// Throws away what has arrived.
+    pub fn drain(&self) -> Result<()> {
+        drain(&self.receiver).map(|_| ())
     }
 
     /// What arrives, in its order, until there are `count` and then nothing more for `quiet`. Fails if there are
@@ -178,38 +195,52 @@ impl Timed {
     }
 
     fn one(&self) -> Result<Option<Arrived>> {
-        let mut bytes = [0; 2048];
-        let mut space = nix::cmsg_space!(TimeSpec, i32);
-        let mut slices = [IoSliceMut::new(&mut bytes)];
-        let message = match recvmsg::<SockaddrStorage>(
-            self.receiver.as_raw_fd(),
-            &mut slices,
-            Some(&mut space),
-            MsgFlags::MSG_DONTWAIT,
-        ) {
-            Ok(message) => message,
-            Err(Errno::EAGAIN) => return Ok(None),
-            Err(error) => return Err(error).context("receiving datagrams"),
-        };
-        let mut at_ns = None;
-        let mut class = 0;
-        for control in message.cmsgs()? {
-            match control {
-                ControlMessageOwned::ScmTimestampns(time) => {
-                    at_ns = Some(nanoseconds(time.tv_sec(), time.tv_nsec()));
-                }
-                ControlMessageOwned::Ipv4Tos(tos) => class = tos,
-                ControlMessageOwned::Ipv6TClass(tos) => class = u8::try_from(tos)?,
-                _ => {}
-            }
-        }
-        let at_ns = at_ns.context("a datagram came without its time of arrival")?;
-        Ok(Some(Arrived {
-            number: u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+        let mut bytes = [0; 4];
+        let stamp = stamped(&self.receiver, &mut bytes)?;
+        Ok(stamp.map(|Stamp { at_ns, class }| Arrived {
+            number: u32::from_be_bytes(bytes),
             at_ns,
             class,
         }))
     }
+}
+
+/// What the kernel says of a datagram that arrived.
+pub(super) struct Stamp {
+    /// When, in nanoseconds of the time of day.
+    pub(super) at_ns: i64,
+    /// Its DS field or traffic class; 0 where the socket does not ask for it.
+    pub(super) class: u8,
+}
+
+/// Takes a datagram from a socket with `SO_TIMESTAMPNS`, if one is waiting: its beginning, and its stamp.
+pub(super) fn stamped(socket: &UdpSocket, bytes: &mut [u8]) -> Result<Option<Stamp>> {
+    let mut space = nix::cmsg_space!(TimeSpec, i32);
+    let mut slices = [IoSliceMut::new(bytes)];
+    let message = match recvmsg::<SockaddrStorage>(
+        socket.as_raw_fd(),
+        &mut slices,
+        Some(&mut space),
+        MsgFlags::MSG_DONTWAIT,
+    ) {
+        Ok(message) => message,
+        Err(Errno::EAGAIN) => return Ok(None),
+        Err(error) => return Err(error).context("receiving datagrams"),
+    };
+    let mut at_ns = None;
+    let mut class = 0;
+    for control in message.cmsgs()? {
+        match control {
+            ControlMessageOwned::ScmTimestampns(time) => {
+                at_ns = Some(nanoseconds(time.tv_sec(), time.tv_nsec()));
+            }
+            ControlMessageOwned::Ipv4Tos(tos) => class = tos,
+            ControlMessageOwned::Ipv6TClass(tos) => class = u8::try_from(tos)?,
+            _ => {}
+        }
+    }
+    let at_ns = at_ns.context("a datagram came without its time of arrival")?;
+    Ok(Some(Stamp { at_ns, class }))
 }
 
 fn nanoseconds(seconds: i64, nanoseconds: i64) -> i64 {
@@ -217,7 +248,7 @@ fn nanoseconds(seconds: i64, nanoseconds: i64) -> i64 {
 }
 
 /// The time of day in nanoseconds.
-fn now_ns() -> Result<i64> {
+pub(super) fn now_ns() -> Result<i64> {
     let now = clock_gettime(ClockId::CLOCK_REALTIME).context("clock_gettime")?;
     Ok(nanoseconds(now.tv_sec(), now.tv_nsec()))
 }
@@ -234,11 +265,13 @@ pub fn delays(sent: &[Sent], arrived: &[Arrived]) -> Vec<f64> {
         .collect()
 }
 
+/// Nanoseconds in milliseconds.
 #[expect(
     clippy::cast_precision_loss,
     reason = "differences of times in a test are far below 2^52 ns"
 )]
-fn milliseconds(nanoseconds: i64) -> f64 {
+#[must_use]
+pub fn milliseconds(nanoseconds: i64) -> f64 {
     nanoseconds as f64 / 1e6
 }
 

@@ -34,6 +34,25 @@ impl Node {
         self.ns.tool("tc qdisc add dev eth0 clsact").map(drop)
     }
 
+    /// Makes what arrives at `eth0` go through the backlog of one CPU, in the order in which it was handed over. A
+    /// veth otherwise takes the backlog of whatever CPU hands over (`veth_forward_skb`, drivers/net/veth.c;
+    /// `netif_rx_internal` and `get_rps_cpu`, net/core/dev.c, 6.1), and two CPUs do not go through theirs in step.
+    pub fn receive_on_one_cpu(&self) -> Result<()> {
+        // It is in the sysfs of the namespace, which `ip netns exec` mounts.
+        let mut command = std::process::Command::new("ip");
+        command.args([
+            "netns",
+            "exec",
+            self.netns(),
+            "bash",
+            "-c",
+            "echo 1 > /sys/class/net/eth0/queues/rx-0/rps_cpus",
+        ]);
+        command::run(command, command::DEADLINE)?
+            .success()
+            .map(drop)
+    }
+
     /// A socket address of the node.
     #[must_use]
     pub fn at(&self, port: u16) -> SocketAddr {

@@ -43,9 +43,9 @@ pub fn socket(ns: &Netns, address: SocketAddr) -> Result<UdpSocket> {
 /// A number as the bytes of a datagram.
 #[must_use]
 pub fn numbered(number: u32, sender: u16, length: usize) -> Vec<u8> {
-    let mut bytes = number.to_be_bytes().to_vec();
-    bytes.extend(sender.to_be_bytes());
-    bytes.resize(length.max(HEADER), 0);
+    let mut bytes = vec![0; length.max(HEADER)];
+    bytes[..4].copy_from_slice(&number.to_be_bytes());
+    bytes[4..HEADER].copy_from_slice(&sender.to_be_bytes());
     bytes
 }
 

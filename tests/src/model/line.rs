@@ -18,6 +18,8 @@ pub struct Stream {
 
 /// Protocol number of UDP.
 const UDP: u64 = 17;
+/// Protocol number of TCP.
+const TCP: u64 = 6;
 
 fn siphash(keys: (u64, u64), words: &[u64]) -> u64 {
     let mut hasher = SipHasher24::new_with_keys(keys.0, keys.1);
@@ -43,6 +45,22 @@ impl Stream {
     /// The stream of a rule for a flow of UDP; `leaving` as seen at the target.
     #[must_use]
     pub fn of_udp(seed: u64, rule: &str, ends: (SocketAddr, SocketAddr), leaving: bool) -> Self {
+        Self::of(UDP, seed, rule, ends, leaving)
+    }
+
+    /// The same for a flow of TCP.
+    #[must_use]
+    pub fn of_tcp(seed: u64, rule: &str, ends: (SocketAddr, SocketAddr), leaving: bool) -> Self {
+        Self::of(TCP, seed, rule, ends, leaving)
+    }
+
+    fn of(
+        protocol: u64,
+        seed: u64,
+        rule: &str,
+        ends: (SocketAddr, SocketAddr),
+        leaving: bool,
+    ) -> Self {
         let keys = (
             named((seed, letters("injector")), rule),
             named((seed, letters("fault ke")), rule),
@@ -57,7 +75,7 @@ impl Stream {
         let kind = u64::from(low.is_ipv6());
         let rest = u64::from(low.port())
             | u64::from(high.port()) << 16
-            | UDP << 32
+            | protocol << 32
             | kind << 40
             | u64::from(!leaving) << 48;
         let stream = siphash(keys, &[a, b, c, d, rest, letters("stream")]) | 1;

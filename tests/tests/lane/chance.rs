@@ -189,31 +189,39 @@ fn positions_count_wire_packets() -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
-    injector.add(&format!(
-        "tenth --netns {} --iface eth0 --to {} --proto udp --drop-every 10",
-        a.netns(),
-        b.v4
-    ))?;
-    let path = Timed::v4(a, 6000, b, 7000)?;
-    path.send(1..=25, Duration::ZERO)?;
-    path.send_super_packets(26..=225, 40, 1000)?;
-    path.send(226..=250, Duration::ZERO)?;
-    let arrived: Vec<u32> = path
-        .receive(225, Duration::from_millis(50), Duration::from_secs(10))?
-        .iter()
-        .map(|one| one.number)
-        .collect();
-    let expected: Vec<u32> = (1..=250).filter(|number| number % 10 != 0).collect();
-    ensure!(arrived == expected, "arrived: {arrived:?}");
-    let stats = injector.stats()?;
-    let rule = stats.rule("tenth")?;
-    ensure!(
-        rule.egress.cut_packets == 25
-            && rule.egress.excess_packets == 0
-            && rule.egress.matched_packets == 250,
-        "{rule:?}"
-    );
-    stats.lanes_lost_nothing()
+    for (egress, v6) in [(true, false), (false, true)] {
+        let direction = if egress { "egress" } else { "ingress" };
+        injector.add(&format!(
+            "tenth --netns {} --iface eth0 --direction {direction} --proto udp --dst-port 7000 --drop-every 10",
+            a.netns()
+        ))?;
+        let (from, to) = if egress { (a, b) } else { (b, a) };
+        let path = if v6 {
+            Timed::v6(from, 6000, to, 7000)?
+        } else {
+            Timed::v4(from, 6000, to, 7000)?
+        };
+        path.send(1..=25, Duration::ZERO)?;
+        path.send_super_packets(26..=225, 40, 1000)?;
+        path.send(226..=250, Duration::ZERO)?;
+        let arrived: Vec<u32> = path
+            .receive(225, Duration::from_millis(50), Duration::from_secs(10))?
+            .iter()
+            .map(|one| one.number)
+            .collect();
+        let expected: Vec<u32> = (1..=250).filter(|number| number % 10 != 0).collect();
+        ensure!(arrived == expected, "{direction}: arrived {arrived:?}");
+        let stats = injector.stats()?;
+        let rule = stats.rule("tenth")?;
+        let rule = if egress { rule.egress } else { rule.ingress };
+        ensure!(
+            rule.cut_packets == 25 && rule.excess_packets == 0 && rule.matched_packets == 250,
+            "{direction}: {rule:?}"
+        );
+        stats.lanes_lost_nothing()?;
+        injector.json(&["heal", "tenth"])?;
+    }
+    Ok(())
 }
 
 /// Several rules on one interface, duplicates among them: losses are independent, delays add up, copies of lost

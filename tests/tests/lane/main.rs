@@ -4,7 +4,10 @@
 //! Needs root and `INJECTOR_BIN`. The same rules as in the lab tier. Nodes have a clsact beforehand: the kernel
 //! drops packets while one is made or deleted, and here each packet is accounted for.
 
+mod accuracy;
+mod burst;
 mod chance;
+mod compose;
 mod corrupt;
 mod delay;
 mod kinds;
@@ -17,8 +20,10 @@ mod rate;
 mod reject;
 mod smoke;
 mod stall;
+mod throughput;
 mod undo;
 mod way_back;
+mod wire;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -33,19 +38,24 @@ fn main() -> ExitCode {
     for tests in [
         smoke::tests,
         delay::tests,
+        accuracy::tests,
         order::tests,
         reject::tests,
         chance::tests,
         corrupt::tests,
         life::tests,
+        compose::tests,
+        burst::tests,
         queues::tests,
         way_back::tests,
         kinds::tests,
-        undo::tests,
         rate::tests,
         queue::tests,
         stall::tests,
         mtu::tests,
+        throughput::tests,
+        wire::tests,
+        undo::tests,
     ] {
         trials.extend(tests());
     }

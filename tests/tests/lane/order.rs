@@ -4,11 +4,12 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Result, ensure};
+use injector::{dataplane::distribution::quantile, rules::shaping::Distribution};
 use libtest_mimic::Trial;
 use tests::{
     lab::{
         injector::Injector,
-        timed::{Timed, delays},
+        timed::{Arrived, Sent, Timed, delays, milliseconds},
         topology::Lab,
         transcript::report,
         trial::{Need, trial},
@@ -64,10 +65,63 @@ fn jitter_keeps_order_unless_it_is_free() -> Result<()> {
             },
             "{order}: {overtaken} times out of order"
         );
+        if order == "free" {
+            let stream = Stream::of_udp(3, "jittery", path.ends, true);
+            must_arrive_by_time(&sent, &arrived, |n| {
+                40.0 + 30.0 * quantile(&Distribution::Uniform, stream.delay(n))
+            })?;
+        }
         injector.stats()?.lanes_lost_nothing()?;
         injector.json(&["heal", "jittery"])?;
     }
     Ok(())
+}
+
+/// Fails unless packets arrived in the order of the times at which they were due by the delay of their number.
+/// Where the time of two differs by less than what an emulated machine needs between a look at the clock and the
+/// sending, either may come first; a handful in a hundred may be further apart where something held it up.
+fn must_arrive_by_time(
+    sent: &[Sent],
+    arrived: &[Arrived],
+    delay_ms: impl Fn(u64) -> f64,
+) -> Result<()> {
+    const CLOSE_MS: f64 = 2.0;
+    let due: Vec<f64> = arrived
+        .iter()
+        .zip(delays(sent, arrived))
+        // What it took and when it came give when it was sent.
+        .map(|(one, taken)| since(arrived, one) - taken + delay_ms(one.number.into()))
+        .collect();
+    let wrong = due
+        .windows(2)
+        .filter(|pair| pair[0] > pair[1] + CLOSE_MS)
+        .count();
+    report(format!("{wrong} of {} not in the order of time", due.len()));
+    ensure!(
+        wrong * 20 <= due.len(),
+        "{wrong} of {} packets came out of the order of their times",
+        due.len()
+    );
+    // In the order of their numbers they would not be: that is told apart.
+    let mut by_number: Vec<(u32, f64)> = arrived.iter().map(|one| one.number).zip(due).collect();
+    by_number.sort_by_key(|(number, _)| *number);
+    let other = by_number
+        .windows(2)
+        .filter(|pair| pair[0].1 > pair[1].1 + CLOSE_MS)
+        .count();
+    ensure!(
+        other * 4 > by_number.len(),
+        "the order of sending passes for that of time: {other} of {}",
+        by_number.len()
+    );
+    Ok(())
+}
+
+/// When a packet arrived, in milliseconds after the first.
+fn since(arrived: &[Arrived], one: &Arrived) -> f64 {
+    arrived
+        .first()
+        .map_or(0.0, |first| milliseconds(one.at_ns - first.at_ns))
 }
 
 fn chosen_packets_are_held_back_and_no_others() -> Result<()> {
