@@ -41,8 +41,10 @@ const EXIT: u64 = 0x95;
 const SHOT: u32 = 2;
 /// `TC_ACT_UNSPEC`.
 const UNSPEC: u32 = u32::MAX;
+/// A preference behind the injector's.
+const LAST: u16 = 65_000;
 
-/// Lets only packets pass in which a field has this value. Runs after the injector.
+/// Lets only packets pass in which a field has this value, until [`require_nothing`]. Runs after the injector.
 pub fn require(ns: &Netns, interface: &str, hook: Hook, field: Field, value: u32) -> Result<()> {
     let program = [
         instruction(LOAD, 2, 1, field as i16, 0),
@@ -52,11 +54,25 @@ pub fn require(ns: &Netns, interface: &str, hook: Hook, field: Field, value: u32
         instruction(MOVE, 0, 0, 0, UNSPEC),
         EXIT,
     ];
-    filter(ns, interface, hook, &program, 65_000)
+    filter(ns, interface, hook, &program, LAST)
 }
 
-/// Sets a field of packets whose `tc_index` is 0: not of those that come back from a lane. Runs before the injector.
-pub fn set(ns: &Netns, interface: &str, hook: Hook, field: Field, value: u32) -> Result<()> {
+/// Takes back what [`require`] has made.
+pub fn require_nothing(ns: &Netns, interface: &str, hook: Hook) -> Result<()> {
+    ns.tool(&format!("tc filter del dev {interface} {hook} pref {LAST}"))
+        .map(drop)
+}
+
+/// Sets a field of packets whose `tc_index` is 0: not of those that come back from a lane. Made before the
+/// injector is attached, it runs before it, in order of preference.
+pub fn set(
+    ns: &Netns,
+    interface: &str,
+    hook: Hook,
+    preference: u16,
+    field: Field,
+    value: u32,
+) -> Result<()> {
     let program = [
         instruction(LOAD, 2, 1, Field::TcIndex as i16, 0),
         instruction(IF_NOT_EQUAL, 2, 0, 2, 0),
@@ -65,7 +81,7 @@ pub fn set(ns: &Netns, interface: &str, hook: Hook, field: Field, value: u32) ->
         instruction(MOVE, 0, 0, 0, UNSPEC),
         EXIT,
     ];
-    filter(ns, interface, hook, &program, 1)
+    filter(ns, interface, hook, &program, preference)
 }
 
 fn filter(

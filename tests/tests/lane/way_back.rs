@@ -8,7 +8,7 @@ use libtest_mimic::Trial;
 use nix::sys::socket::{setsockopt, sockopt};
 use tests::lab::{
     injector::Injector,
-    skb_field::{Field, require, set},
+    skb_field::{Field, require, require_nothing, set},
     timed::{Timed, delays},
     topology::Lab,
     trial::{Need, trial},
@@ -46,68 +46,44 @@ fn all_arrive(path: &Timed, what: &str) -> Result<()> {
 const WAYS: [&str; 2] = ["--delay 40ms", "--delay 40ms --loss 0.0001%"];
 
 fn what_leaves() -> Result<()> {
+    const MARK: u32 = 0xabcd_0042;
+    const INDEX: u32 = 0x1234;
     for way in WAYS {
-        // Of these 7 is the one that fq does not hold up to 6.6 (TC_PRIO_CONTROL), 15 what stands for it on the line.
-        for priority in [3, 7, 15, 0x0001_0007] {
-            let lab = Lab::pair()?;
-            let (a, b) = (lab.a(), lab.b());
-            a.make_clsact()?;
-            set(&a.ns, "eth0", Hook::Egress, Field::TcIndex, 0x1234)?;
-            let injector = Injector::started(&[])?;
-            injector.add(&format!(
-                "slow --netns {} --iface eth0 --to {} --proto udp {way}",
-                a.netns(),
-                b.v4
-            ))?;
-            require(&a.ns, "eth0", Hook::Egress, Field::Priority, priority)?;
-            let path = Timed::v4(a, 6000, b, 7000)?;
-            setsockopt(path.sender(), sockopt::Priority, &i32::try_from(priority)?)
-                .context("SO_PRIORITY")?;
-            all_arrive(&path, &format!("priority {priority:#x}"))?;
-            injector.stats()?.lanes_lost_nothing()?;
-        }
-        for (field, value) in [(Field::Mark, 0xabcd_0042), (Field::TcIndex, 0x1234)] {
-            let lab = Lab::pair()?;
-            let (a, b) = (lab.a(), lab.b());
-            a.make_clsact()?;
-            set(&a.ns, "eth0", Hook::Egress, Field::TcIndex, 0x1234)?;
-            let injector = Injector::started(&[])?;
-            injector.add(&format!(
-                "slow --netns {} --iface eth0 --to {} --proto udp {way}",
-                a.netns(),
-                b.v4
-            ))?;
+        let lab = Lab::pair()?;
+        let (a, b) = (lab.a(), lab.b());
+        a.make_clsact()?;
+        set(&a.ns, "eth0", Hook::Egress, 1, Field::TcIndex, INDEX)?;
+        let injector = Injector::started(&[])?;
+        injector.add(&format!(
+            "slow --netns {} --iface eth0 --to {} --proto udp {way}",
+            a.netns(),
+            b.v4
+        ))?;
+        let path = Timed::v4(a, 6000, b, 7000)?;
+        setsockopt(path.sender(), sockopt::Mark, &MARK).context("SO_MARK")?;
+        // Of these priorities 7 is the one that fq does not hold up to 6.6 (TC_PRIO_CONTROL), and 15 what stands for
+        // it on the line.
+        for (priority, field, value) in [
+            (0, Field::Mark, MARK),
+            (0, Field::TcIndex, INDEX),
+            (7, Field::TcIndex, INDEX),
+            (3, Field::Priority, 3),
+            (7, Field::Priority, 7),
+            (15, Field::Priority, 15),
+            (0x1_0007, Field::Priority, 0x1_0007),
+        ] {
+            setsockopt(path.sender(), sockopt::Priority, &priority).context("SO_PRIORITY")?;
             require(&a.ns, "eth0", Hook::Egress, field, value)?;
-            let path = Timed::v4(a, 6000, b, 7000)?;
-            setsockopt(path.sender(), sockopt::Mark, &0xabcd_0042).context("SO_MARK")?;
             all_arrive(&path, &format!("{field:?} {value:#x}"))?;
-            injector.stats()?.lanes_lost_nothing()?;
+            require_nothing(&a.ns, "eth0", Hook::Egress)?;
         }
+        injector.stats()?.lanes_lost_nothing()?;
     }
     Ok(())
 }
 
 fn what_arrives() -> Result<()> {
     for way in WAYS {
-        for (field, value) in [(Field::Mark, 0x42), (Field::TcIndex, 0x0321)] {
-            let lab = Lab::pair()?;
-            let (a, b) = (lab.a(), lab.b());
-            a.make_clsact()?;
-            set(&a.ns, "eth0", Hook::Ingress, field, value)?;
-            let injector = Injector::started(&[])?;
-            injector.add(&format!(
-                "slow --netns {} --iface eth0 --from {} --proto udp {way}",
-                a.netns(),
-                b.v4
-            ))?;
-            require(&a.ns, "eth0", Hook::Ingress, field, value)?;
-            all_arrive(
-                &Timed::v4(b, 6000, a, 7000)?,
-                &format!("{field:?} {value:#x}"),
-            )?;
-            injector.stats()?.lanes_lost_nothing()?;
-        }
-        // A tag arrives beside the packet, also where it was sent within.
         let lab = Lab::pair()?;
         let (a, b) = (lab.a(), lab.b());
         a.make_clsact()?;
@@ -120,14 +96,23 @@ fn what_arrives() -> Result<()> {
         }
         let (mut to, mut from) = (a.clone(), b.clone());
         (to.v4, from.v4) = ([10, 99, 5, 1].into(), [10, 99, 5, 2].into());
+        set(&a.ns, "eth0", Hook::Ingress, 1, Field::Mark, 0x42)?;
+        set(&a.ns, "eth0", Hook::Ingress, 2, Field::TcIndex, 0x0321)?;
         let injector = Injector::started(&[])?;
         injector.add(&format!(
-            "slow --netns {} --iface eth0 --from {} --proto udp {way}",
+            "slow --netns {} --iface eth0 --from {},{} --proto udp {way}",
             a.netns(),
+            b.v4,
             from.v4
         ))?;
-        let path = Timed::v4(&from, 6000, &to, 7000)?;
-        // Resolved before anything is required of packets.
+        let path = Timed::v4(b, 6000, a, 7000)?;
+        for (field, value) in [(Field::Mark, 0x42), (Field::TcIndex, 0x0321)] {
+            require(&a.ns, "eth0", Hook::Ingress, field, value)?;
+            all_arrive(&path, &format!("{field:?} {value:#x}"))?;
+            require_nothing(&a.ns, "eth0", Hook::Ingress)?;
+        }
+        let path = Timed::v4(&from, 6000, &to, 7001)?;
+        // Neighbours are found before anything is required of packets.
         path.send([0], Duration::ZERO)?;
         path.receive(1, Duration::ZERO, Duration::from_secs(5))?;
         require(&a.ns, "eth0", Hook::Ingress, Field::VlanTci, 5)?;
