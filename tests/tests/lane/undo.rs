@@ -97,7 +97,14 @@ fn one_host(ending: Ending, prepare: Prepare) -> Result<()> {
     let lab = Lab::pair()?;
     let (a, b) = (lab.a(), lab.b());
     prepare(&a.ns)?;
-    let before = [Snapshot::of(&a.ns)?, Snapshot::of(&b.ns)?];
+    // A new link takes a moment until it is seen to be up, and has its addresses and routes then.
+    let look = || -> Result<[Snapshot; 2]> { Ok([Snapshot::of(&a.ns)?, Snapshot::of(&b.ns)?]) };
+    let mut before = look()?;
+    wait_until("the hosts are settled", Duration::from_secs(10), || {
+        let settled = unchanged(&lab, &before, Duration::ZERO).is_ok();
+        before = look()?;
+        Ok(settled)
+    })?;
     let mut injector = Injector::started(&[])?;
     injector.apply(&rules(&lab), Mode::Replace)?;
     let path = Timed::v4(a, 6000, b, 7000)?;
