@@ -22,7 +22,7 @@ use crate::{
         TargetCounters, Upper, answer, family, fault, hook, identity, kind, needs, role, rule_flag,
         state_site, upper_has,
     },
-    line::Line,
+    line::{Entry, Line},
     packet::{Fragment, MAX_VLAN_TAGS, Packet, Parsed, Unparsed, Window, parse},
     rate::Search,
     segments::{Matched, Meta, Segments, matching},
@@ -147,12 +147,37 @@ pub trait Tables {
     fn now_ns(&self) -> u64;
     /// Runs `S` with 0, 1, 2 … until it says `false`, at most `times` times.
     fn repeat<S: Step>(&self, times: u32, work: &mut Work);
+    /// Runs `P`, about which its caller knows nothing but what it returns.
+    fn apart<P: Part>(&self, work: &mut Work) -> u32;
 }
 
 /// The body of a loop whose rounds the verifier need not follow one by one.
 pub trait Step {
     /// One round; `false` ends the loop.
     fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool;
+}
+
+/// A part of a decision that stands by itself: everything that it needs is in the work. The verifier looks at it once,
+/// where it would follow what is inlined from each state in which its caller can come to it (7.3 went through three
+/// quarters of a million instructions, where it gives up at a million).
+pub trait Part {
+    /// Which one it is.
+    const WHICH: Which;
+    /// Does it; what it returns is the part's own.
+    fn run<T: Tables>(tables: &T, work: &mut Work) -> u32;
+}
+
+/// The parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// What becomes of a packet at its target's hook, once it is parsed: [`Judging`].
+    Judging,
+    /// The fate of a packet in a lane, once it is parsed: [`crate::line::Deciding`].
+    Deciding,
+    /// Which wire packets a rule matches: [`Matching`].
+    Matching,
+    /// Which positions a rule hits: [`Hitting`].
+    Hitting,
 }
 
 /// A table did not have an entry that it must have: our own error, on which the packet passes.
@@ -200,6 +225,20 @@ pub struct Work {
     pub now_ns: u64,
     /// When its connection was seen to begin; 0 if that was not seen, or connections are not tracked.
     pub connection: u64,
+    /// Whether its target tracks connections.
+    pub track: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// What it brings along into a lane.
+    pub entry: Entry,
+    /// Slot of the rule at hand, where that is asked of a [`Part`].
+    pub slot: u32,
+    /// Zero.
+    pub reserved_too: u32,
+    /// The wire packets that the rule matches.
+    pub matched: Matched,
+    /// How many matched the rule before.
+    pub before: u64,
     /// Wire packets that rules hit, together.
     pub hits: u64,
     /// What is left of an intersection of bitmaps that is being gone through.
@@ -307,7 +346,7 @@ pub fn pass<P: Packet, T: Tables>(packet: &mut P, meta: Meta, tables: &T) -> Out
         work.bitmap = bitmap;
         work.lane = lane;
         work.enter = 0;
-        let outcome = decide_direction(packet, tables, work, config, l2_length, track, counters);
+        let outcome = decide_direction(packet, tables, work, l2_length, track, counters);
         if outcome != Outcome::Pass {
             return outcome;
         }
@@ -324,7 +363,6 @@ fn decide_direction<P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     work: &mut Work,
-    config: *const Config,
     l2_length: u32,
     track: u32,
     counters: &mut TargetCounters,
@@ -342,34 +380,13 @@ fn decide_direction<P: Packet, T: Tables>(
         counters.unparsed_packets += 1;
         return Outcome::Pass;
     }
-    work.segments = Segments::of(&work.parsed, &work.meta);
+    work.track = track;
+    let verdict = tables.apart::<Judging>(work);
     let packets = u64::from(work.segments.count);
     counters.seen_packets += packets;
-    work.orphans = 0;
-    work.connection = 0;
-    let site = work.meta.target << 1 | work.meta.hook as u16;
-    if work.parsed.fragment != Fragment::Whole {
-        follow_fragment(tables, work, site);
-    }
-    work.parsed.write_flow(&mut work.key);
-    // Read back, so that the verifier does not follow each combination of its bits.
-    let how = read_once!(&raw const work.key, site);
-    let mut verdict = Ok(Verdict::Pass);
-    work.full = 0;
-    work.idle_lease = 0;
-    work.found.surplus = 0;
-    if track != 0 {
-        work.key.site = work.meta.target << 1;
-        track_connection(tables, work);
-    }
-    work.key.site = site | how;
-    if (work.bitmap != BITMAP_EMPTY || work.lane != 0) && tables.idle(&work.key) != Some(work.epoch)
-    {
-        verdict = decide_flow(tables, work, config);
-    }
     counters.orphan_fragments += u64::from(work.orphans);
     counters.table_full += u64::from(work.full);
-    if verdict == Ok(Verdict::Cut) {
+    if verdict == judged::CUT {
         counters.cut_packets += packets;
         let answered = work.answer != answer::NONE
             && work.silent == 0
@@ -380,7 +397,7 @@ fn decide_direction<P: Packet, T: Tables>(
             Outcome::Cut
         };
     }
-    if verdict == Ok(Verdict::Lane) {
+    if verdict == judged::LANE {
         // Whether it passes or is cut is counted in the lane, packet by packet.
         return Outcome::Lane;
     }
@@ -389,10 +406,69 @@ fn decide_direction<P: Packet, T: Tables>(
     if work.idle_lease != 0 {
         counters.lapsed_packets += packets;
     }
-    if verdict == Err(Missing) {
+    if verdict == judged::MISSING {
         counters.errors += 1;
     }
     Outcome::Pass
+}
+
+/// What [`Judging`] returns.
+mod judged {
+    pub(super) const PASS: u32 = 0;
+    pub(super) const CUT: u32 = 1;
+    pub(super) const LANE: u32 = 2;
+    pub(super) const MISSING: u32 = 3;
+}
+
+/// What becomes of a packet at its target's hook, once it is parsed.
+pub struct Judging;
+
+impl Part for Judging {
+    const WHICH: Which = Which::Judging;
+
+    #[inline(always)]
+    fn run<T: Tables>(tables: &T, work: &mut Work) -> u32 {
+        let Some(config) = tables.config() else {
+            return judged::MISSING;
+        };
+        work.segments = Segments::of(&work.parsed, &work.meta);
+        work.orphans = 0;
+        work.connection = 0;
+        let site = identify_flow(tables, work);
+        work.full = 0;
+        work.idle_lease = 0;
+        work.found.surplus = 0;
+        if work.track != 0 {
+            work.key.site = work.meta.target << 1;
+            track_connection(tables, work);
+            work.key.site = site;
+        }
+        if (work.bitmap == BITMAP_EMPTY && work.lane == 0)
+            || tables.idle(&work.key) == Some(work.epoch)
+        {
+            return judged::PASS;
+        }
+        match decide_flow(tables, work, config) {
+            Ok(Verdict::Cut) => judged::CUT,
+            Ok(Verdict::Lane) => judged::LANE,
+            Ok(_) => judged::PASS,
+            Err(Missing) => judged::MISSING,
+        }
+    }
+}
+
+/// Finds out a packet's flow, and where and how it was seen: `work.key`. Returns its site.
+#[inline(always)]
+pub(crate) fn identify_flow<T: Tables>(tables: &T, work: &mut Work) -> u16 {
+    let site = work.meta.target << 1 | work.meta.hook as u16;
+    if work.parsed.fragment != Fragment::Whole {
+        follow_fragment(tables, work, site);
+    }
+    work.parsed.write_flow(&mut work.key);
+    // Read back, so that the verifier does not follow each combination of its bits.
+    let how = read_once!(&raw const work.key, site);
+    work.key.site = site | how;
+    site | how
 }
 
 /// Whether a frame can be sent back. Not if it is addressed to a group or to everybody, by the lowest bit of its
@@ -547,7 +623,7 @@ impl Step for Entering {
             || rule.needs & needs::LANE != 0
             || rule.needs & needs::WIRE != 0 && work.segments.count > 1;
         if asks
-            && matched(rule, work).packets != 0
+            && matched(tables, rule, slot, work).packets != 0
             && fate::phase(rule, work.now_ns) == Phase::Acting
         {
             work.refused |= u32::from(rejects);
@@ -582,7 +658,7 @@ impl Step for Candidate {
             // What this rule remembers of the flow is the lane's, which the packet does not come to.
             return true;
         }
-        let hits = judge(tables, rule, work, counters);
+        let hits = judge(tables, rule, slot, work, counters);
         work.hits += hits;
         if hits != 0 {
             if rule.fault != fault::REJECT {
@@ -608,19 +684,84 @@ pub(crate) fn every(segments: &Segments) -> Matched {
     }
 }
 
-/// The wire packets of an skb that a rule matches, its flow being one of the rule's.
+/// The wire packets of an skb that the rule in a slot matches, its flow being one of the rule's.
 #[inline(always)]
-pub(crate) fn matched(rule: &RuleEntry, work: &Work) -> Matched {
+pub(crate) fn matched<T: Tables>(
+    tables: &T,
+    rule: &RuleEntry,
+    slot: u32,
+    work: &mut Work,
+) -> Matched {
     if rule.flags & rule_flag::PER_PACKET == 0 {
         return every(&work.segments);
     }
-    let new = work.connection != 0 && work.connection >= rule.activated_ns;
-    if rule.flags & rule_flag::STATE_NEW != 0 && !new
-        || rule.flags & rule_flag::STATE_ESTABLISHED != 0 && new
-    {
-        return Matched::default();
+    work.slot = slot;
+    work.matched = Matched::default();
+    tables.apart::<Matching>(work);
+    work.matched
+}
+
+/// Which wire packets the rule in `work.slot` matches, of a packet that has to be looked at: `work.matched`.
+pub struct Matching;
+
+impl Part for Matching {
+    const WHICH: Which = Which::Matching;
+
+    #[inline(always)]
+    fn run<T: Tables>(tables: &T, work: &mut Work) -> u32 {
+        let Some(rule) = tables.rule(work.copy * MAX_SLOTS + work.slot) else {
+            return 0;
+        };
+        // SAFETY: valid by `Tables`; rules of the copy in force are not written.
+        let rule = unsafe { &*rule };
+        let new = work.connection != 0 && work.connection >= rule.activated_ns;
+        if rule.flags & rule_flag::STATE_NEW != 0 && !new
+            || rule.flags & rule_flag::STATE_ESTABLISHED != 0 && new
+        {
+            return 0;
+        }
+        work.matched = matching(rule, &work.parsed, &work.segments, work.meta.mark);
+        work.matched.packets
     }
-    matching(rule, &work.parsed, &work.segments, work.meta.mark)
+}
+
+/// How many of the `packets` positions after `before` the rule in a slot hits.
+#[inline(always)]
+pub(crate) fn hits<T: Tables>(
+    tables: &T,
+    rule: &RuleEntry,
+    slot: u32,
+    work: &mut Work,
+    before: u64,
+    packets: u64,
+) -> u64 {
+    if fate::hits_all(rule) {
+        return packets;
+    }
+    if rule.fault == fault::NONE {
+        return 0;
+    }
+    work.slot = slot;
+    work.before = before;
+    work.matched.packets = packets as u32;
+    u64::from(tables.apart::<Hitting>(work))
+}
+
+/// How many of the `work.matched` positions after `work.before` the rule in `work.slot` hits.
+pub struct Hitting;
+
+impl Part for Hitting {
+    const WHICH: Which = Which::Hitting;
+
+    #[inline(always)]
+    fn run<T: Tables>(tables: &T, work: &mut Work) -> u32 {
+        let Some(rule) = tables.rule(work.copy * MAX_SLOTS + work.slot) else {
+            return 0;
+        };
+        // SAFETY: valid by `Tables`; rules of the copy in force are not written.
+        let rule = unsafe { &*rule };
+        fate::hits(rule, work.before, u64::from(work.matched.packets)) as u32
+    }
 }
 
 /// Whether a rule acts now. Packets that match it while it should and does not are counted.
@@ -681,10 +822,11 @@ pub(crate) fn identify(rule: &RuleEntry, work: &mut Work) {
 fn judge<T: Tables>(
     tables: &T,
     rule: &RuleEntry,
+    slot: u32,
     work: &mut Work,
     counters: &mut RuleCounters,
 ) -> u64 {
-    let matched = matched(rule, work);
+    let matched = matched(tables, rule, slot, work);
     if matched.packets == 0 {
         return 0;
     }
@@ -709,7 +851,7 @@ fn judge<T: Tables>(
         advanced = tables.advance(&work.state, packets, work.now_ns);
     }
     let hits = if let Some(advanced) = advanced {
-        fate::hits(rule, advanced.before, packets)
+        hits(tables, rule, slot, work, advanced.before, packets)
     } else {
         // Without state a position is not known: only what does not depend on it is decided.
         counters.stateless_packets += packets;
@@ -738,7 +880,7 @@ pub(crate) fn too_long(rule: &RuleEntry, segments: &Segments, packets: u64) -> u
 
 /// Gives a fragment what its first one had, or remembers it for those that follow.
 #[inline(always)]
-pub(crate) fn follow_fragment<T: Tables>(tables: &T, work: &mut Work, site: u16) {
+fn follow_fragment<T: Tables>(tables: &T, work: &mut Work, site: u16) {
     let parsed = &mut work.parsed;
     let key = FragmentKey {
         source: parsed.source,

@@ -15,8 +15,8 @@
 use crate::{
     corrupt::{Ground, Repair, choose},
     decide::{
-        Step, Tables, Work, acts, candidates, count_matched, every, follow_fragment, identify,
-        matched, ordinal, read_once, too_long,
+        Part, Step, Tables, Which, Work, acts, candidates, count_matched, every, hits, identify,
+        identify_flow, matched, ordinal, read_once, too_long,
     },
     fate,
     histogram::{BUCKETS, bucket},
@@ -26,7 +26,7 @@ use crate::{
         MAX_COPIES, MAX_EXEMPTIONS, MAX_SLOTS, RuleCounters, RuleEntry, Shape, corrupt_how, fault,
         identity, stage, state_site,
     },
-    packet::{Fragment, Packet, Unparsed, parse},
+    packet::{Packet, Unparsed, parse},
     rate::Queue,
     segments::{Meta, Segments},
     shape::{self, Memory, purpose},
@@ -65,6 +65,18 @@ pub struct Line {
     pub stream: [u64; MAX_CANDIDATES],
     /// By candidate: the normal deviate of its delay, under rules with correlation.
     pub deviate: [i64; MAX_CANDIDATES],
+    /// By candidate: bytes of the wire packets that the rule matches, with their frames' headers.
+    pub bytes: [u64; MAX_CANDIDATES],
+    /// By candidate: how many these are.
+    pub packets: [u32; MAX_CANDIDATES],
+    /// The candidates whose memory of the flow is more than a number, one bit each.
+    pub remembering: u32,
+    /// The candidates whose model of loss takes the packet, one bit each.
+    pub struck: u32,
+    /// The candidate at hand, where that is asked of a loop.
+    pub at: u32,
+    /// Zero.
+    pub reserved_too: u32,
     /// Whether it is lost.
     pub lost: u32,
     /// Its copies.
@@ -172,77 +184,109 @@ pub fn line<P: Packet, T: Tables>(
         counters.passed_packets += 1;
         return LineOutcome::Undecided;
     }
-    work.segments = Segments::of(&work.parsed, &work.meta);
+    work.entry = entry;
+    let decided = tables.apart::<Deciding>(work);
     let packets = u64::from(work.segments.count);
-    work.connection = entry.connection;
-    work.orphans = 0;
-    let site = meta.target << 1 | meta.hook as u16;
-    if work.parsed.fragment != Fragment::Whole {
-        follow_fragment(tables, work, site);
-    }
-    work.parsed.write_flow(&mut work.key);
-    // Read back, so that the verifier does not follow each combination of its bits.
-    let how = read_once!(&raw const work.key, site);
-    work.key.site = site | how;
-    work.full = 0;
-    work.idle_lease = 0;
-    work.missing = 0;
-    work.found.count = 0;
-    if epoch != 0 && candidates(tables, work).is_err() {
-        work.missing = 1;
-    }
-    work.now_ns = tables.now_ns();
-    work.lapsed = u32::from(work.now_ns >= read_once!(config, lease_until_ns));
-    let line = &mut work.line;
-    line.lost = 0;
-    line.copies = 0;
-    line.free = 0;
-    line.stages = 0;
-    line.mark = 0;
-    line.corrupt = 0;
-    line.complete = entry.complete;
-    // (`clamp` would bring a panic along.)
-    let latest = work.now_ns.saturating_add(PACED_MOST_NS);
-    line.begin_ns = entry.departure_ns.min(latest).max(work.now_ns);
-    line.after_ns[0] = 0;
-    line.holders[0] = 0;
-    line.turn = 0;
-    if work.missing == 0 && work.found.count != 0 {
-        tables.repeat::<Strike>(work.found.count, work);
-        if work.line.lost == 0 {
-            tables.repeat::<Copy>(work.line.copies + 1, work);
-        }
-    } else {
-        work.line.leaves_ns[0] = work.line.begin_ns;
-    }
     counters.table_full += u64::from(work.full);
     if work.missing != 0 {
         counters.errors += 1;
     }
-    if work.line.lost != 0 || work.line.leaves_ns[0] == 0 {
-        counters.cut_packets += packets;
-        // Copies may have found room where the original did not.
-        if work.line.lost != 0 || work.line.copies == 0 {
-            return LineOutcome::Lost;
+    if decided == SENT_ON {
+        counters.passed_packets += packets;
+        if work.idle_lease != 0 {
+            counters.lapsed_packets += packets;
         }
         return LineOutcome::Sent;
     }
-    counters.passed_packets += packets;
-    if work.idle_lease != 0 {
-        counters.lapsed_packets += packets;
+    counters.cut_packets += packets;
+    if decided == COPIES_ONLY {
+        LineOutcome::Sent
+    } else {
+        LineOutcome::Lost
     }
-    if work.line.free == 0 {
-        keep_order(tables, work);
-        for copy in 1..SENT {
-            // Copies without a delay of their own travel with the original, as close as lines let them.
-            if work.line.after_ns[copy] == 0 && work.line.leaves_ns[copy] != 0 {
-                let behind = work.line.through_ns[copy].saturating_sub(work.line.through_ns[0]);
-                work.line.leaves_ns[copy] = work.line.leaves_ns[0] + behind;
-                work.line.holders[copy] = work.line.holders[0];
+}
+
+/// What [`Deciding`] returns: the packet goes on.
+const SENT_ON: u32 = 1;
+/// What [`Deciding`] returns: copies of it go on, which have found room where it did not.
+const COPIES_ONLY: u32 = 2;
+/// What [`Deciding`] returns: nothing of it goes on.
+const LOST: u32 = 0;
+
+/// The fate of a packet in a lane, once it is parsed.
+pub struct Deciding;
+
+impl Part for Deciding {
+    const WHICH: Which = Which::Deciding;
+
+    #[inline(always)]
+    fn run<T: Tables>(tables: &T, work: &mut Work) -> u32 {
+        let Some(config) = tables.config() else {
+            work.missing = 1;
+            return LOST;
+        };
+        work.segments = Segments::of(&work.parsed, &work.meta);
+        work.connection = work.entry.connection;
+        work.orphans = 0;
+        identify_flow(tables, work);
+        work.full = 0;
+        work.idle_lease = 0;
+        work.missing = 0;
+        work.found.count = 0;
+        if work.epoch != 0 && candidates(tables, work).is_err() {
+            work.missing = 1;
+        }
+        work.now_ns = tables.now_ns();
+        work.lapsed = u32::from(work.now_ns >= read_once!(config, lease_until_ns));
+        let line = &mut work.line;
+        line.lost = 0;
+        line.copies = 0;
+        line.free = 0;
+        line.stages = 0;
+        line.mark = 0;
+        line.corrupt = 0;
+        line.remembering = 0;
+        line.struck = 0;
+        line.complete = work.entry.complete;
+        // (`clamp` would bring a panic along.)
+        let latest = work.now_ns.saturating_add(PACED_MOST_NS);
+        line.begin_ns = work.entry.departure_ns.min(latest).max(work.now_ns);
+        line.after_ns[0] = 0;
+        line.holders[0] = 0;
+        line.turn = 0;
+        if work.missing == 0 && work.found.count != 0 {
+            tables.repeat::<Meet>(work.found.count, work);
+            if work.line.remembering != 0 {
+                tables.repeat::<Remember>(work.found.count, work);
+            }
+            tables.repeat::<Strike>(work.found.count, work);
+            if work.line.lost != 0 {
+                return LOST;
+            }
+            tables.repeat::<Copy>(work.line.copies + 1, work);
+        } else {
+            work.line.leaves_ns[0] = work.line.begin_ns;
+        }
+        if work.line.leaves_ns[0] == 0 {
+            return if work.line.copies == 0 {
+                LOST
+            } else {
+                COPIES_ONLY
+            };
+        }
+        if work.line.free == 0 {
+            keep_order(tables, work);
+            for copy in 1..SENT {
+                // Copies without a delay of their own travel with the original, as close as lines let them.
+                if work.line.after_ns[copy] == 0 && work.line.leaves_ns[copy] != 0 {
+                    let behind = work.line.through_ns[copy].saturating_sub(work.line.through_ns[0]);
+                    work.line.leaves_ns[copy] = work.line.leaves_ns[0] + behind;
+                    work.line.holders[copy] = work.line.holders[0];
+                }
             }
         }
+        SENT_ON
     }
-    LineOutcome::Sent
 }
 
 /// Lets no packet leave before an earlier one of its flow whose order is kept.
@@ -298,53 +342,65 @@ fn keep_order<T: Tables>(tables: &T, work: &mut Work) {
     work.line.leaves_ns[0] = leaves;
 }
 
-/// The first three stages of one rule a round.
-struct Strike;
+/// Whether one rule a round acts on the packet, and its number under the rule: `n`, 0 where it does not.
+struct Meet;
 
-impl Step for Strike {
+impl Step for Meet {
     #[inline(always)]
     fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
         // A mask, which the verifier understands; there are no more rounds than candidates.
         let at = index as usize & (MAX_CANDIDATES - 1);
         work.line.n[at] = 0;
-        let slot = u32::from(work.found.slots[at]);
-        let (Some(rule), Some(shape), Some(counters)) = (
-            tables.rule(work.copy * MAX_SLOTS + slot),
-            tables.shape(work.copy * MAX_SLOTS + slot),
-            tables.rule_counters(slot * 2 + (work.meta.hook & 1)),
-        ) else {
-            work.missing = 1;
-            return false;
-        };
-        // SAFETY: valid by `Tables`; what is in force is not written, counters are per CPU.
-        unsafe { strike(tables, &*rule, &*shape, work, &mut *counters, at) };
-        true
+        if let Some(met) = rule_at(tables, work, at) {
+            meet(tables, met, work, at);
+        }
+        work.missing == 0
     }
 }
 
+/// The rule of candidate `at`: its entry, shape and counters.
 #[inline(always)]
-fn strike<T: Tables>(
-    tables: &T,
-    rule: &RuleEntry,
-    shape: &Shape,
-    work: &mut Work,
-    counters: &mut RuleCounters,
-    at: usize,
-) {
-    let matched = matched(rule, work);
+fn rule_at<'a, T: Tables>(tables: &'a T, work: &mut Work, at: usize) -> Option<Acting<'a>> {
+    let slot = u32::from(work.found.slots[at]);
+    let (Some(rule), Some(shape), Some(counters)) = (
+        tables.rule(work.copy * MAX_SLOTS + slot),
+        tables.shape(work.copy * MAX_SLOTS + slot),
+        tables.rule_counters(slot * 2 + (work.meta.hook & 1)),
+    ) else {
+        work.missing = 1;
+        return None;
+    };
+    // SAFETY: valid by `Tables`; what is in force is not written, counters are per CPU.
+    let (rule, shape, counters) = unsafe { (&*rule, &*shape, &mut *counters) };
+    Some(Acting {
+        rule,
+        shape,
+        counters,
+    })
+}
+
+#[inline(always)]
+fn meet<T: Tables>(tables: &T, met: Acting<'_>, work: &mut Work, at: usize) {
+    let Acting {
+        rule,
+        shape,
+        counters,
+    } = met;
+    let slot = u32::from(work.found.slots[at]);
+    let matched = matched(tables, rule, slot, work);
     let packets = u64::from(matched.packets);
     if packets == 0 || !acts(rule, work, counters, packets) {
         return;
     }
-    let frame = u64::from(work.parsed.network_offset);
-    count_matched(work, counters, packets, matched.bytes + packets * frame);
+    let bytes = matched.bytes + packets * u64::from(work.parsed.network_offset);
+    count_matched(work, counters, packets, bytes);
     identify(rule, work);
     let Some((state, created)) = tables.remember(&work.state, work.now_ns) else {
         // Without state nothing is drawn: only what does not depend on it happens.
         counters.stateless_packets += packets;
         work.full += 1;
         if fate::hits_all(rule) {
-            lose(work, counters, packets, matched.bytes + packets * frame);
+            lose(work, counters, packets, bytes);
         }
         return;
     };
@@ -371,26 +427,135 @@ fn strike<T: Tables>(
         unsafe { core::ptr::write_volatile(&raw mut (*state).stream, stream) };
     }
     work.line.stream[at] = stream;
-    // SAFETY: as above.
-    let place = unsafe { &raw mut (*state).n };
-    let (n, lost) = if shape::remembers(shape) {
-        advance_memory(tables, rule, shape, work, place, at)
-    } else {
-        // SAFETY: as above.
-        let n = unsafe { tables.increment(place, packets) } + 1;
-        let lost = shape.stages & stage::LOSS != 0
-            && shape::loss(shape, 0, shape::draw(rule, stream, n, purpose::LOSS)).0;
-        (n, lost)
-    };
-    work.line.n[at] = n;
+    work.line.bytes[at] = bytes;
+    work.line.packets[at] = matched.packets;
     work.line.stages |= shape.stages;
+    if shape::remembers(shape) {
+        work.line.remembering |= 1 << at;
+        return;
+    }
+    // SAFETY: as above.
+    let n = unsafe { tables.increment(&raw mut (*state).n, packets) } + 1;
+    work.line.n[at] = n;
+    if shape.stages & stage::LOSS != 0
+        && shape::loss(shape, 0, shape::draw(rule, stream, n, purpose::LOSS)).0
+    {
+        work.line.struck |= 1 << at;
+    }
+}
+
+/// Another CPU may advance a memory between reading and writing it; four times in a row it does not.
+const REMEMBERING_ROUNDS: u32 = 4;
+
+/// The memory of one rule a round, of those that remember more than a number.
+struct Remember;
+
+impl Step for Remember {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
+        // A mask, which the verifier understands; there are no more rounds than candidates.
+        let at = index as usize & (MAX_CANDIDATES - 1);
+        if work.line.remembering >> at & 1 != 0 {
+            work.line.at = at as u32;
+            if let Some(met) = rule_at(tables, work, at) {
+                identify(met.rule, work);
+                tables.repeat::<Advance>(REMEMBERING_ROUNDS, work);
+            }
+        }
+        work.missing == 0
+    }
+}
+
+/// Advances the memory of candidate `work.line.at` as a whole: the packet's number, and whether it is lost. A round is
+/// an attempt.
+struct Advance;
+
+impl Step for Advance {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, _index: u32, work: &mut Work) -> bool {
+        // A mask, which the verifier understands; there are no more candidates.
+        let at = work.line.at as usize & (MAX_CANDIDATES - 1);
+        let index = work.copy * MAX_SLOTS + u32::from(work.found.slots[at]);
+        let (Some(rule), Some(shape), Some((state, _))) = (
+            tables.rule(index),
+            tables.shape(index),
+            tables.remember(&work.state, work.now_ns),
+        ) else {
+            work.missing = 1;
+            return false;
+        };
+        // SAFETY: valid by `Tables`; what is in force is not written, the number is written as a whole.
+        let (rule, shape, place) = unsafe { (&*rule, &*shape, &raw mut (*state).n) };
+        let old = read_once!(state, n);
+        let stream = work.line.stream[at];
+        let memory = Memory(old);
+        let n = memory.n() + 1;
+        let mut standing = 0;
+        work.line.struck &= !(1 << at);
+        if shape.stages & stage::LOSS != 0 {
+            let draw = shape::draw(rule, stream, n, purpose::LOSS);
+            let (lost, next) = shape::loss(shape, memory.loss(), draw);
+            standing = next;
+            if lost {
+                work.line.struck |= 1 << at;
+            }
+        }
+        let mut deviate = 0;
+        if shape.correlation != 0
+            && let Some(normal) = tables.distribution(DISTRIBUTION_NORMAL)
+        {
+            let draw = shape::upper(shape::draw(rule, stream, n, purpose::DELAY));
+            // SAFETY: valid by `Tables`; tables in use are not written.
+            let innovation = unsafe { shape::quantile(&*normal, draw) };
+            deviate = if n == 1 {
+                shape::first_deviate(innovation)
+            } else {
+                shape::correlate(shape, memory.deviate(), innovation)
+            };
+        }
+        work.line.n[at] = n;
+        work.line.deviate[at] = deviate;
+        let new = Memory::new(n, standing, deviate);
+        // SAFETY: as above.
+        unsafe { tables.exchange(place, old, new.0) != old }
+    }
+}
+
+/// The first stages of one rule a round: whether the packet is lost, corrupted, duplicated.
+struct Strike;
+
+impl Step for Strike {
+    #[inline(always)]
+    fn step<T: Tables>(tables: &T, index: u32, work: &mut Work) -> bool {
+        // A mask, which the verifier understands; there are no more rounds than candidates.
+        let at = index as usize & (MAX_CANDIDATES - 1);
+        if work.line.n[at] != 0
+            && let Some(met) = rule_at(tables, work, at)
+        {
+            strike(tables, met, work, at);
+        }
+        work.missing == 0
+    }
+}
+
+#[inline(always)]
+fn strike<T: Tables>(tables: &T, met: Acting<'_>, work: &mut Work, at: usize) {
+    let Acting {
+        rule,
+        shape,
+        counters,
+    } = met;
+    let slot = u32::from(work.found.slots[at]);
+    let packets = u64::from(work.line.packets[at]);
+    let (n, stream) = (work.line.n[at], work.line.stream[at]);
     let hits = if rule.fault == fault::ONCE {
+        identify(rule, work);
         once(tables, rule, work, packets)
     } else {
-        fate::hits(rule, n - 1, packets)
+        hits(tables, rule, slot, work, n - 1, packets)
     };
     if hits != 0 {
-        lose(work, counters, hits, matched.bytes + packets * frame);
+        lose(work, counters, hits, work.line.bytes[at]);
         counters.excess_packets += u64::from(work.segments.count) - hits;
     }
     let too_long = too_long(rule, &work.segments, packets);
@@ -398,7 +563,7 @@ fn strike<T: Tables>(
         counters.too_long_packets += too_long;
         work.line.lost = 1;
     }
-    if lost {
+    if work.line.struck >> at & 1 != 0 {
         counters.lost_packets += packets;
         work.line.lost = 1;
     }
@@ -533,53 +698,6 @@ impl Step for Taken {
     }
 }
 
-/// Advances a memory that is more than a number, as a whole: the packet's number, and whether it is lost.
-#[inline(always)]
-fn advance_memory<T: Tables>(
-    tables: &T,
-    rule: &RuleEntry,
-    shape: &Shape,
-    work: &mut Work,
-    place: *mut u64,
-    at: usize,
-) -> (u64, bool) {
-    let stream = work.line.stream[at];
-    let mut n = 1;
-    let mut lost = false;
-    // Another CPU may advance it in between; four times in a row it does not.
-    for _ in 0..4 {
-        // SAFETY: `place` is of a state, valid by `Tables`.
-        let old = unsafe { core::ptr::read_volatile(place) };
-        let memory = Memory(old);
-        n = memory.n() + 1;
-        let mut state = 0;
-        if shape.stages & stage::LOSS != 0 {
-            let draw = shape::draw(rule, stream, n, purpose::LOSS);
-            (lost, state) = shape::loss(shape, memory.loss(), draw);
-        }
-        let mut deviate = 0;
-        if shape.correlation != 0
-            && let Some(normal) = tables.distribution(DISTRIBUTION_NORMAL)
-        {
-            let draw = shape::upper(shape::draw(rule, stream, n, purpose::DELAY));
-            // SAFETY: valid by `Tables`; tables in use are not written.
-            let innovation = unsafe { shape::quantile(&*normal, draw) };
-            deviate = if n == 1 {
-                shape::first_deviate(innovation)
-            } else {
-                shape::correlate(shape, memory.deviate(), innovation)
-            };
-            work.line.deviate[at] = deviate;
-        }
-        let new = Memory::new(n, state, deviate);
-        // SAFETY: as above.
-        if unsafe { tables.exchange(place, old, new.0) } == old {
-            break;
-        }
-    }
-    (n, lost)
-}
-
 /// The last stage: one copy a round, the original first.
 struct Copy;
 
@@ -638,22 +756,8 @@ pub(crate) fn acting<'a, T: Tables>(
     if work.line.n[at] == 0 {
         return None;
     }
-    let slot = u32::from(work.found.slots[at]);
-    let (Some(rule), Some(shape), Some(counters)) = (
-        tables.rule(work.copy * MAX_SLOTS + slot),
-        tables.shape(work.copy * MAX_SLOTS + slot),
-        tables.rule_counters(slot * 2 + (work.meta.hook & 1)),
-    ) else {
-        work.missing = 1;
-        return None;
-    };
-    // SAFETY: valid by `Tables`; what is in force is not written, counters are per CPU.
-    let (rule, shape, counters) = unsafe { (&*rule, &*shape, &mut *counters) };
-    (shape.stages & stages != 0).then_some(Acting {
-        rule,
-        shape,
-        counters,
-    })
+    let met = rule_at(tables, work, at)?;
+    (met.shape.stages & stages != 0).then_some(met)
 }
 
 /// Notes that a rule holds the copy at hand.

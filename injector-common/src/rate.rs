@@ -353,7 +353,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        decide::Advanced,
+        decide::{Advanced, Part},
         layout::{
             Bitmap, Class, Config, Connection, Distribution, FlowEntry, Flushed, FragmentKey, Held,
             Histograms, MAX_EXEMPTIONS, Prefix, RuleCounters, State, Target, TargetCounters, Upper,
@@ -494,6 +494,9 @@ mod tests {
                 *word = before + by;
                 before
             }
+        }
+        fn apart<P: Part>(&self, work: &mut Work) -> u32 {
+            P::run(self, work)
         }
         fn repeat<S: Step>(&self, times: u32, work: &mut Work) {
             for index in 0..times {

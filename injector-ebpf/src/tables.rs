@@ -12,14 +12,14 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use injector_common::{
-    decide::{Advanced, Step, Tables, Work},
+    decide::{Advanced, Hitting, Judging, Matching, Part, Step, Tables, Which, Work},
     layout::{
         Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey,
         Flushed, FragmentKey, Held, Histograms, LaneLoad, MAX_FLUSHES, MAX_RULES, MAX_SLOTS,
         PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey,
         TRACE_ENTRIES, Target, TargetCounters, Upper,
     },
-    line::{Entry, SENT},
+    line::{Deciding, Entry, SENT},
 };
 
 use crate::reject::Answer;
@@ -492,6 +492,16 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn apart<P: Part>(&self, _work: &mut Work) -> u32 {
+        match P::WHICH {
+            Which::Judging => injector_judging(),
+            Which::Deciding => injector_deciding(),
+            Which::Matching => injector_matching(),
+            Which::Hitting => injector_hitting(),
+        }
+    }
+
+    #[inline(always)]
     fn repeat<S: Step>(&self, times: u32, work: &mut Work) {
         // bpf_loop (5.17) has its callback verified once, where a plain loop is followed round by round.
         // Its context must be on the stack (ARG_PTR_TO_STACK_OR_NULL), so it is the pointer that is passed.
@@ -510,6 +520,28 @@ const UNHELD: Held = Held {
     flushed_until_ns: 0,
     turn: 0,
 };
+
+/// A part of the decision as a global function: the verifier looks at it by itself, without what its callers know
+/// (`do_check_subprogs`, kernel/bpf/verifier.c, 6.1).
+macro_rules! apart {
+    ($name:ident, $part:ty) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name() -> u32 {
+            // Callers have had it in their hands.
+            let Some(work) = work() else {
+                return 0;
+            };
+            // SAFETY: per CPU, and the caller's while it runs.
+            <$part>::run(&Kernel, unsafe { &mut *work })
+        }
+    };
+}
+
+apart!(injector_judging, Judging);
+apart!(injector_deciding, Deciding);
+apart!(injector_matching, Matching);
+apart!(injector_hitting, Hitting);
 
 #[inline(always)]
 const fn fresh(n: u64, now_ns: u64) -> State {

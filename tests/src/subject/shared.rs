@@ -13,7 +13,7 @@ use injector::dataplane::{
     compile::{Capacity, Compiler, class_of},
 };
 use injector_common::{
-    decide::{Advanced, Step, Tables, Verdict, Work, decide},
+    decide::{Advanced, Part, Step, Tables, Verdict, Work, decide},
     layout::{
         Bitmap, Class, Config, Connection, Distribution, FlowEntry, FlowKey, Flushed, FragmentKey,
         Held, Histograms, MAX_EXEMPTIONS, MAX_SLOTS, PORT_CLASSES, PROTOCOL_CLASSES, Prefix,
@@ -310,6 +310,10 @@ impl Tables for Memory {
 
     fn now_ns(&self) -> u64 {
         self.now_ns.get()
+    }
+
+    fn apart<P: Part>(&self, work: &mut Work) -> u32 {
+        P::run(self, work)
     }
 
     fn repeat<S: Step>(&self, times: u32, work: &mut Work) {
