@@ -274,10 +274,9 @@ impl Rejected<'_> {
     fn reset(&self, space: &mut Answer) -> Result<(), Refused> {
         let parsed = &self.work.parsed;
         let upper = self.upper();
-        let [s, t, u, v, a, b, c, d] = self.load(upper + 4)?;
         let segment = Segment {
-            sequence: u32::from_be_bytes([s, t, u, v]),
-            acknowledgement: u32::from_be_bytes([a, b, c, d]),
+            sequence: u32::from_be_bytes(self.load(upper + 4)?),
+            acknowledgement: u32::from_be_bytes(self.load(upper + 8)?),
             payload: answers::payload(parsed, &self.work.segments),
         };
         let partial = self.cut_to_checksum(upper)?;
@@ -289,7 +288,7 @@ impl Rejected<'_> {
             40
         };
         if parsed.network_length > bare {
-            self.adjust_room(bare as i32 - parsed.network_length as i32)?;
+            self.adjust_room(bare.cast_signed() - parsed.network_length.cast_signed())?;
         }
         let length = answers::reset(parsed, &segment, partial, &mut space.headers);
         self.store(
@@ -339,7 +338,7 @@ impl Rejected<'_> {
         self.set_length(network + length)?;
         let about = Body { length, sum };
         let headers = answers::unreachable(self.work.answer, parsed, about, &mut space.headers);
-        self.adjust_room(headers as i32)?;
+        self.adjust_room(headers.cast_signed())?;
         self.store(network, space.headers.as_ptr(), headers, MAX_HEADERS as u32)?;
         self.store(network + headers, body, length, MAX_BODY)
     }
@@ -347,10 +346,19 @@ impl Rejected<'_> {
     /// Sends the frame back to where it came from.
     #[inline(always)]
     fn turn_round(&self) -> Result<(), Refused> {
-        let [a, b, c, d, e, f, g, h, i, j, k, l] = self.load(0)?;
-        let turned = [g, h, i, j, k, l, a, b, c, d, e, f];
-        // SAFETY: the context is the program's own.
-        check(unsafe { bpf_skb_store_bytes(self.skb(), 0, turned.as_ptr().cast(), 12, 0) })
+        let to: [u8; 6] = self.load(0)?;
+        let from: [u8; 6] = self.load(6)?;
+        // SAFETY: the context is the program's own, the addresses have six bytes each.
+        unsafe {
+            check(bpf_skb_store_bytes(
+                self.skb(),
+                0,
+                from.as_ptr().cast(),
+                6,
+                0,
+            ))?;
+            check(bpf_skb_store_bytes(self.skb(), 6, to.as_ptr().cast(), 6, 0))
+        }
     }
 }
 
@@ -366,7 +374,7 @@ fn sum(body: *const u8, length: usize) -> u32 {
             break;
         }
         // SAFETY: a piece of the body. Its words are added as they are in memory.
-        sum = unsafe {
+        let added = unsafe {
             bpf_csum_diff(
                 core::ptr::null_mut(),
                 0,
@@ -374,7 +382,9 @@ fn sum(body: *const u8, length: usize) -> u32 {
                 now as u32,
                 sum,
             )
-        } as u32;
+        };
+        // The helper's result is a sum of 32 bits.
+        sum = (added & 0xffff_ffff).cast_unsigned() as u32;
     }
     u32::from(u16::from_be(answers::fold(sum)))
 }
