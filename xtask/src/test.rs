@@ -1,20 +1,23 @@
 //! `cargo xtask test`: all tiers, one closing line.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::env;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
 
 use crate::artifacts::Executable;
 use crate::build::{self, Built};
 use crate::ebpf;
-use crate::kernels::Line;
+use crate::kernels::{Kernel, Line};
 use crate::lint;
 use crate::outcome::{self, Outcome, Reader, Skip};
 use crate::privilege::Privilege;
@@ -293,8 +296,8 @@ fn privileged(name: &str, setup: &Setup, built: &Built, options: &Options) -> Re
 /// everything loads and works at all, unless everything is asked for.
 const ON_KERNELS: [(&str, &str, Option<&str>); 5] = [
     ("6.1", LANE, None),
-    ("6.1", "program", Some("kernel")),
     ("newest", LANE, None),
+    ("6.1", "program", Some("kernel")),
     ("newest", "program", Some("kernel")),
     ("6.12", LANE, Some("smoke")),
 ];
@@ -309,11 +312,13 @@ const LANE: &str = "lane";
 pub(crate) const IN_MACHINES: [&str; 3] = [LANE, "program", "lab"];
 
 /// How long one test program may take in emulation.
-const MACHINE_DEADLINE: Duration = Duration::from_mins(15);
+const MACHINE_DEADLINE: Duration = Duration::from_mins(25);
+
+/// Machines at one time. Each keeps one of two CPUs busy, most of the time.
+const MACHINES: usize = 2;
 
 /// The tier of virtual machines. Failures of all kernels are collected.
 fn machines(setup: &Setup, built: &Built, options: &Options) -> Outcome {
-    let mut outcome = Outcome::default();
     let mut plan: Vec<(String, &str, Option<&str>)> = Vec::new();
     if options.full || !options.kernels.is_empty() {
         let lines = if options.kernels.is_empty() {
@@ -333,37 +338,69 @@ fn machines(setup: &Setup, built: &Built, options: &Options) -> Outcome {
     if let Some(program) = &options.program {
         plan.retain(|(_, name, _)| name == program);
     }
-    for (line, name, filter) in plan {
-        let title = format!("{name} on kernel {line}");
-        println!("\n{title}");
-        let started = Instant::now();
-        let filter = options.filter.as_deref().or(filter);
-        let one = in_machine(setup, built, &line, name, filter, options.full);
-        let one = one.unwrap_or_else(|error| {
-            println!("{title} ... FAILED: {error:#}");
-            Outcome::failure(format!("{title}: {error:#}"))
-        });
-        println!(
-            "{title}: {one} in {}",
-            outcome::seconds(started.elapsed()).trim()
-        );
-        outcome.add(one);
+    // One after the other: they come from one package manager.
+    let mut kernels = BTreeMap::new();
+    for (line, _, _) in &plan {
+        if !kernels.contains_key(line) {
+            kernels.insert(line.clone(), kernel(line));
+        }
     }
-    outcome
+    let plan = Mutex::new(VecDeque::from(plan));
+    let outcome = Mutex::new(Outcome::default());
+    let next = || lock(&plan).pop_front();
+    thread::scope(|scope| {
+        for _ in 0..MACHINES {
+            scope.spawn(|| {
+                while let Some((line, name, filter)) = next() {
+                    let title = format!("{name} on kernel {line}");
+                    let say = |text: &str| println!("{line:>6} | {text}");
+                    say(&title);
+                    let started = Instant::now();
+                    let filter = options.filter.as_deref().or(filter);
+                    let one = match kernels.get(&line) {
+                        Some(Ok(kernel)) => {
+                            in_machine(setup, built, kernel, name, filter, options.full, &say)
+                        }
+                        Some(Err(error)) => Err(anyhow!("{error:#}")),
+                        None => Err(anyhow!("nobody has looked for kernel {line}")),
+                    };
+                    let one = one.unwrap_or_else(|error| {
+                        say(&format!("{title} ... FAILED: {error:#}"));
+                        Outcome::failure(format!("{title}: {error:#}"))
+                    });
+                    say(&format!(
+                        "{title}: {one} in {}",
+                        outcome::seconds(started.elapsed()).trim()
+                    ));
+                    lock(&outcome).add(one);
+                }
+            });
+        }
+    });
+    outcome.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The newest kernel of a line.
+fn kernel(line: &str) -> Result<Kernel> {
+    vm::kernel(&line.parse().map_err(anyhow::Error::msg)?)
+}
+
+/// The contents of a lock; what a thread that panicked has left is still whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One test program on one kernel.
 fn in_machine(
     setup: &Setup,
     built: &Built,
-    line: &str,
+    kernel: &Kernel,
     name: &str,
     filter: Option<&str>,
     full: bool,
+    say: &dyn Fn(&str),
 ) -> Result<Outcome> {
-    let line: Line = line.parse().map_err(anyhow::Error::msg)?;
-    let kernel = vm::kernel(&line)?;
-    println!("kernel {}", kernel.version);
+    say(&format!("kernel {}", kernel.version));
     let executable = built
         .tests()
         .find(|one| is_privileged(one) && one.name == name)
@@ -390,7 +427,7 @@ fn in_machine(
     command.extend(PLAIN.map(OsString::from));
     command.extend(filter.map(OsString::from));
     let machine = Machine {
-        kernel: &kernel,
+        kernel,
         memory: vm::MEMORY,
         deadline: MACHINE_DEADLINE,
         command,
@@ -401,7 +438,7 @@ fn in_machine(
     };
     let mut reader = Reader::default();
     let ended = machine.run(setup, built, &[&executable.path], |line| {
-        println!("{line}");
+        say(line);
         reader.line(line);
     })?;
     let skips = match &ended.back {

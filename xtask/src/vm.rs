@@ -9,6 +9,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, IsTerminal as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,8 +38,18 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// The memory of a machine in MiB, where nothing else is asked for.
 pub(crate) const MEMORY: u32 = 2048;
 
+/// How often a kernel that does not come up is tried: emulated on several threads, one in some hundred stumbles over
+/// code that it patches while it runs.
+const ATTEMPTS: u32 = 3;
+
+/// What the guest's first process says first.
+const UP: &str = "guest: up";
+
 /// So many of the last lines of a machine that hung are shown.
 const LAST_LINES: usize = 40;
+
+/// Numbers of machines, for their files' names.
+static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// A machine to be started.
 #[derive(Debug)]
@@ -70,6 +81,8 @@ pub(crate) struct Ended {
     pub(crate) trouble: Option<String>,
     /// What the file that was asked for holds.
     pub(crate) back: Option<String>,
+    /// Whether it came up at all.
+    up: bool,
 }
 
 impl Ended {
@@ -116,14 +129,33 @@ impl Machine<'_> {
         let notes = workspace::notes();
         fs::create_dir_all(&notes).with_context(|| format!("making {}", notes.display()))?;
         sweep(&notes);
-        let disk = notes.join(format!("vm-{}.cpio", std::process::id()));
-        let back = notes.join(format!("vm-{}.back", std::process::id()));
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let file = |kind: &str| notes.join(format!("vm-{}.{number}.{kind}", std::process::id()));
+        let (disk, back) = (file("cpio"), file("back"));
         let _cleaning = Cleaning([disk.clone(), back.clone()]);
         self.image(setup, built, programs)?.write(&disk)?;
-        fs::write(&back, []).with_context(|| format!("making {}", back.display()))?;
-        let mut command = self.qemu(&disk, &back);
+        let mut attempt = 1;
+        loop {
+            let ended = self.boot(&disk, &back, &mut line)?;
+            if ended.up || self.interactive || attempt == ATTEMPTS {
+                return Ok(ended);
+            }
+            line(&format!(
+                "kernel {} did not come up, trying again: {}",
+                self.kernel.version,
+                ended.trouble.unwrap_or_default()
+            ));
+            attempt += 1;
+        }
+    }
+
+    /// Boots once.
+    fn boot(&self, disk: &Path, back: &Path, line: &mut impl FnMut(&str)) -> Result<Ended> {
+        fs::write(back, []).with_context(|| format!("making {}", back.display()))?;
+        let mut command = self.qemu(disk, back);
         let shown = process::shown(&command);
         let mut trouble = None;
+        let mut up = false;
         if self.interactive {
             process::status(command.stdin(Stdio::inherit()), "running a virtual machine")?;
         } else {
@@ -134,20 +166,28 @@ impl Machine<'_> {
                 .with_context(|| {
                     format!("running a virtual machine: `{shown}` cannot be started")
                 })?;
-            trouble = self.watch(child, &mut line)?;
+            trouble = self.watch(child, &mut |text| {
+                if text == UP {
+                    up = true;
+                } else {
+                    line(text);
+                }
+            })?;
         }
-        let text = fs::read(&back).with_context(|| format!("reading {}", back.display()))?;
+        let text = fs::read(back).with_context(|| format!("reading {}", back.display()))?;
         let verdict: Option<Verdict> = serde_json::from_slice(&text).ok();
         Ok(match (verdict, trouble) {
             (Some(verdict), None) => Ended {
                 code: Some(verdict.code),
                 trouble: None,
                 back: verdict.back,
+                up: true,
             },
             (verdict, trouble) => Ended {
                 code: None,
                 trouble: Some(trouble.unwrap_or_else(|| "it ended without a verdict".to_owned())),
                 back: verdict.and_then(|verdict| verdict.back),
+                up,
             },
         })
     }

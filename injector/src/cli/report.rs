@@ -275,6 +275,13 @@ pub(super) fn queue(counters: &RuleCounters) -> Option<String> {
     ))
 }
 
+/// Whether how much a rule has cut is of interest: it has, or it was asked to, having no other fault.
+#[must_use]
+pub(super) fn cuts(stats: &RuleStats) -> bool {
+    let total = total(stats);
+    total.cut_packets > 0 || stats.realised.is_empty() && total.too_long_packets == 0
+}
+
 /// One line about what a rule did, said when it ends.
 #[must_use]
 pub(super) fn deeds(stats: &RuleStats) -> String {
@@ -286,11 +293,19 @@ pub(super) fn deeds(stats: &RuleStats) -> String {
             stats.fault
         );
     }
+    let did = if cuts(stats) {
+        format!("cut {}", cut(&total))
+    } else {
+        format!(
+            "matched {} ({})",
+            count(total.matched_packets, "packet"),
+            bytes(total.matched_bytes)
+        )
+    };
     let mut text = format!(
-        "{}: {}: cut {} in {}",
+        "{}: {}: {did} in {}",
         toned(Tone::Head, &stats.name),
         stats.fault,
-        cut(&total),
         count(total.flows, "flow")
     );
     for one in &stats.realised {
@@ -301,6 +316,7 @@ pub(super) fn deeds(stats: &RuleStats) -> String {
     }
     for (number, what) in [
         (total.answered_packets, "answers sent"),
+        (total.too_long_packets, "lost because they were too long"),
         (
             total.excess_packets,
             "excess: cut along with others of their super-packet",

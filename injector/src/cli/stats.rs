@@ -274,6 +274,24 @@ fn text(output: Output, stats: &StatsResult, tables: bool) -> String {
     text
 }
 
+/// Columns that are shown only where they say something; the first two always where a rule was asked to cut.
+const RARE: [&str; 14] = [
+    "CUT",
+    "SHARE",
+    "REJECTED",
+    "EXCESS",
+    "LOST",
+    "CORRUPTED",
+    "COPIES",
+    "DELAYED",
+    "HELD BACK",
+    "OVERFLOW",
+    "TOO LONG",
+    "STALLED",
+    "OFF",
+    "LAPSED",
+];
+
 fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
     let mut table = Table::new(&[
         "RULE",
@@ -298,31 +316,31 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
         "FIRST",
         "LAST",
     ])
-    .sparing(&[
-        "REJECTED",
-        "EXCESS",
-        "LOST",
-        "CORRUPTED",
-        "COPIES",
-        "DELAYED",
-        "HELD BACK",
-        "OVERFLOW",
-        "TOO LONG",
-        "STALLED",
-        "OFF",
-        "LAPSED",
-    ]);
+    .sparing(if rules.iter().any(report::cuts) {
+        &RARE[2..]
+    } else {
+        &RARE
+    });
     let mut lines = String::new();
     for rule in rules {
         let total = report::total(rule);
         let lapsed = total.lapsed_packets.to_string();
+        // A rule that was not asked to cut has no share of it.
+        let [cut, share] = if report::cuts(rule) {
+            [
+                amount(total.cut_packets, total.cut_bytes),
+                percent(total.cut_packets, total.matched_packets),
+            ]
+        } else {
+            ["0".to_owned(), "0".to_owned()]
+        };
         table.row(vec![
             rule.name.clone(),
             report::state(rule.state),
             rule.fault.clone(),
             amount(total.matched_packets, total.matched_bytes),
-            amount(total.cut_packets, total.cut_bytes),
-            percent(total.cut_packets, total.matched_packets),
+            cut,
+            share,
             total.answered_packets.to_string(),
             total.excess_packets.to_string(),
             total.lost_packets.to_string(),

@@ -86,7 +86,11 @@ fn tell(verdict: &Verdict) -> Result<()> {
     Ok(())
 }
 
+/// What the host waits for: before, a machine that ends has not come up.
+const UP: &str = "guest: up";
+
 fn run() -> Result<Verdict> {
+    println!("{UP}");
     for (kind, place) in [
         ("proc", "/proc"),
         ("sysfs", "/sys"),
