@@ -106,13 +106,18 @@ pub fn trial(name: &'static str, needs: &'static [Need], test: fn() -> Result<()
             record_skip(name, skip).map_err(|e| Failed::from(format!("{e:#}")))?;
             return Ok(Completion::ignored_with(&skip.reason));
         }
+        let reasons = error
+            .chain()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join("\n  because: ");
+        // At once, too: the whole list comes at the end, which a machine that hangs does not reach.
+        eprintln!(
+            "    {name}: failed after {:.1} s: {reasons}",
+            transcript.seconds()
+        );
         Err(Failed::from(format!(
-            "{}\n--- transcript of {name} ---\n{}\n--- end ---",
-            error
-                .chain()
-                .map(ToString::to_string)
-                .collect::<Vec<_>>()
-                .join("\n  because: "),
+            "{reasons}\n--- transcript of {name} ---\n{}\n--- end ---",
             transcript.text()
         )))
     })
