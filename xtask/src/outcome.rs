@@ -17,6 +17,8 @@ pub(crate) struct Outcome {
     pub(crate) failures: Vec<String>,
     /// What was skipped, and why.
     pub(crate) skips: Vec<Skip>,
+    /// What passed only at the second attempt.
+    pub(crate) retried: Vec<String>,
 }
 
 /// A test that did not run.
@@ -93,6 +95,18 @@ impl Outcome {
         self.failed += other.failed;
         self.failures.extend(other.failures);
         self.skips.extend(other.skips);
+        self.retried.extend(other.retried);
+    }
+
+    /// A test that had failed has passed at another attempt.
+    pub(crate) fn passes_after_all(&mut self, program: &str, name: &str) {
+        let name = format!("{program}: {name}");
+        if let Some(index) = self.failures.iter().position(|failure| *failure == name) {
+            self.failures.remove(index);
+            self.failed -= 1;
+            self.passed += 1;
+            self.retried.push(name);
+        }
     }
 
     /// Whether the run as a whole has failed. In CI a skip that could have been avoided fails too.
@@ -147,12 +161,26 @@ impl Reader {
             self.ignored_count += counts.ignored;
         } else if let Some((name, verdict)) = test_line(line) {
             if verdict == "FAILED" {
-                self.outcome.failures.push(name.to_owned());
+                self.failed(name);
             } else if let Some(rest) = verdict.strip_prefix("ignored") {
                 self.ignored
                     .insert(name.to_owned(), reason_of(rest).to_owned());
             }
+        } else if let Some((name, _)) = line.trim_start().split_once(": failed after ") {
+            // A test that prints while it runs breaks the line that names it; this one comes whole.
+            self.failed(name);
         }
+    }
+
+    fn failed(&mut self, name: &str) {
+        if !self.failures().iter().any(|known| known == name) {
+            self.outcome.failures.push(name.to_owned());
+        }
+    }
+
+    /// Names of the tests that have failed so far.
+    pub(crate) fn failures(&self) -> &[String] {
+        &self.outcome.failures
     }
 
     /// The outcome, once the program has ended. `skips` are those that it has written down itself;
