@@ -732,7 +732,14 @@ impl<P: Plane, H: Host> State<P, H> {
                 .filter(|record| record.is_active() && !without.contains(&record.activation))
                 .chain(with),
         );
-        self.widen_lanes(&holds)?;
+        let widened = self.widen_lanes(&holds);
+        match widened {
+            // Rules end, whatever somebody has done to the queues that they have used.
+            Err(error) if with.is_empty() => {
+                self.problem(None, format!("a lane keeps its limits: {}", error.message));
+            }
+            widened => widened?,
+        }
         let targets: Vec<TargetConfig> = targets.into_values().collect();
         self.epoch = self.plane.commit(&targets, &rules, &exemptions)?.epoch;
         self.narrow_lanes(&holds);

@@ -174,17 +174,17 @@ fn a_flood_is_accounted_for() -> Result<()> {
     let lab = Lab::pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
-    for (name, delay) in [("flowing", "10ms"), ("full", "1500ms")] {
+    for (name, delay, settings) in [
+        ("flowing", "10ms", &[][..]),
+        // Filling what a lane holds otherwise would take long.
+        ("full", "1500ms", &["--lane-packets", "1000"]),
+    ] {
+        let injector = Injector::started(settings)?;
         injector.add(&format!(
             "{name} --netns {} --iface eth0 --to {} --proto udp --delay {delay}",
             a.netns(),
             b.v4
         ))?;
-        if name == "full" {
-            // Filling what a lane holds otherwise would take long.
-            a.ns.tool("tc qdisc change dev inj-line root fq limit 1000")?;
-        }
         let path = Timed::v4(a, 6000, b, 7000)?;
         let before = (Nstat::read(&b.ns)?, dropped(&a.ns)?, backlog_drops()?);
         let lane = lane_drops(&injector)?;
@@ -236,7 +236,7 @@ fn lane_drops(injector: &Injector) -> Result<u64> {
     Ok(stats
         .lanes
         .iter()
-        .map(|lane| lane.dropped_packets + lane.device_drops)
+        .map(|lane| lane.full_packets + lane.dropped_packets + lane.device_drops)
         .sum())
 }
 
