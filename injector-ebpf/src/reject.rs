@@ -8,7 +8,7 @@
 //!
 //! Whether a checksum is yet to be completed (`CHECKSUM_PARTIAL`) a program is not told, and it cannot have it
 //! completed. But `bpf_skb_change_tail` does not cut into a field that is (`__bpf_skb_min_len`, net/core/filter.c,
-//! 6.1 to 7.1), which tells exactly ([`Rejected::cut_to_checksum`]). Such a packet's upper layer stays where it is, since the
+//! 6.1), which tells exactly ([`Rejected::cut_to_checksum`]). Such a packet's upper layer stays where it is, since the
 //! field is known to the kernel by its place: a reset takes it over, an ICMP error has its own headers put in front
 //! of it, and a checksum that reckons with what the field will hold.
 //!
