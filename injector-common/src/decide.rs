@@ -129,7 +129,7 @@ pub trait Tables {
     ///
     /// The pointer is valid and aligned.
     unsafe fn exchange(&self, word: *mut u64, old: u64, new: u64) -> u64;
-    /// Adds one to a word of a table; what it held.
+    /// Adds `by` to a word of a table; what it held.
     ///
     /// # Safety
     ///
@@ -386,6 +386,7 @@ fn decide_direction<P: Packet, T: Tables>(
     counters.seen_packets += packets;
     counters.orphan_fragments += u64::from(work.orphans);
     counters.table_full += u64::from(work.full);
+    counters.surplus_rules += u64::from(work.found.surplus);
     if verdict == judged::CUT {
         counters.cut_packets += packets;
         let answered = work.answer != answer::NONE
@@ -402,7 +403,6 @@ fn decide_direction<P: Packet, T: Tables>(
         return Outcome::Lane;
     }
     counters.passed_packets += packets;
-    counters.surplus_rules += u64::from(work.found.surplus);
     if work.idle_lease != 0 {
         counters.lapsed_packets += packets;
     }
@@ -560,8 +560,8 @@ fn decide_flow<T: Tables>(
     work.lapsed = u32::from(work.now_ns >= read_once!(config, lease_until_ns));
     work.missing = 0;
     work.refused = 0;
-    if work.lane != 0 && work.found.needs != 0 {
-        if work.lapsed == 0 {
+    if work.lane != 0 {
+        if work.found.needs != 0 && work.lapsed == 0 {
             tables.repeat::<Entering>(work.found.count, work);
             if work.missing != 0 {
                 return Err(Missing);
@@ -569,7 +569,8 @@ fn decide_flow<T: Tables>(
         }
         if work.refused != 0 {
             work.enter = 0;
-        } else if work.enter == 0 && work.found.needs & needs::LANE != 0 && is_held(tables, work) {
+        } else if work.enter == 0 && is_held(tables, work) {
+            // By a rule that has ended, perhaps, while others go on.
             work.enter = needs::LANE;
         }
         if work.enter != 0 {

@@ -75,8 +75,8 @@ pub struct Line {
     pub struck: u32,
     /// The candidate at hand, where that is asked of a loop.
     pub at: u32,
-    /// Zero.
-    pub reserved_too: u32,
+    /// Whether its memory has been advanced.
+    pub advanced: u32,
     /// Whether it is lost.
     pub lost: u32,
     /// Its copies.
@@ -299,6 +299,8 @@ fn keep_order<T: Tables>(tables: &T, work: &mut Work) {
         tables.held(&work.key)
     };
     let Some(held) = held else {
+        // A packet that is held should have its place there.
+        work.full += u32::from(leaves > work.now_ns);
         return;
     };
     // SAFETY: valid by `Tables`.
@@ -459,7 +461,12 @@ impl Step for Remember {
             work.line.at = at as u32;
             if let Some(met) = rule_at(tables, work, at) {
                 identify(met.rule, work);
+                work.line.advanced = 0;
                 tables.repeat::<Advance>(REMEMBERING_ROUNDS, work);
+                if work.line.advanced == 0 {
+                    // It has a number that another packet has too.
+                    met.counters.stateless_packets += u64::from(work.line.packets[at]);
+                }
             }
         }
         work.missing == 0
@@ -517,7 +524,8 @@ impl Step for Advance {
         work.line.deviate[at] = deviate;
         let new = Memory::new(n, standing, deviate);
         // SAFETY: as above.
-        unsafe { tables.exchange(place, old, new.0) != old }
+        work.line.advanced = u32::from(unsafe { tables.exchange(place, old, new.0) } == old);
+        work.line.advanced == 0
     }
 }
 

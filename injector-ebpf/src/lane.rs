@@ -122,7 +122,10 @@ pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
     ) else {
         return TC_ACT_UNSPEC;
     };
-    // SAFETY: map memory; the work and the counters are this CPU's.
+    // SAFETY: map memory; the work and the counters are this CPU's. Packets that fq lets go meanwhile can come to a hook
+    // too, within the call below: what they write is put right behind them, for the outer packet's further segments.
+    let outer = unsafe { *entry };
+    // SAFETY: as above.
     let (packets, device) = unsafe {
         let work = &*work;
         let packets = u64::from(work.segments.count);
@@ -151,6 +154,7 @@ pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
         (*skb).tc_index = u32::from(lane_mark::of(slot, direction));
         let result = bpf_clone_redirect(skb, device, 0);
         (*skb).tc_index = before;
+        *entry = outer;
         result
     };
     // SAFETY: as above.
@@ -274,7 +278,7 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
             LineOutcome::Lost => TC_ACT_STOLEN,
             LineOutcome::Again => {
                 tables::tail_call(ctx, tables::LINE);
-                TC_ACT_UNSPEC
+                send(ctx, 0, (*skb).hash, 0, 0)
             }
             LineOutcome::Undecided => send(ctx, 0, (*skb).hash, 0, 0),
             LineOutcome::Sent => {
@@ -347,7 +351,12 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
             }
             (*copy).depth = depth;
         } else if copies != 0 {
-            tables::count_lost(lost::COPY);
+            for number in 1..SENT {
+                if number as u32 > copies {
+                    break;
+                }
+                tables::count_lost(lost::COPY);
+            }
         }
         if leaves_ns == 0 {
             return TC_ACT_STOLEN;

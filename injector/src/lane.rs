@@ -39,6 +39,9 @@ const LINE: &str = "inj-line";
 const MTU: u32 = 65_535;
 /// Queues of the line at most: an fq of each is memory, and beyond this many CPUs little is to be gained.
 const MAX_QUEUES: u32 = 64;
+/// How long devices may take until they are seen to be up: the kernel looks after up to a second
+/// (`linkwatch_schedule_work`, `net/core/link_watch.c`).
+const COMING_UP: Duration = Duration::from_secs(5);
 /// How long the queue may take to empty when nothing is held any more.
 const EMPTYING: Duration = Duration::from_millis(500);
 
@@ -83,6 +86,16 @@ pub enum LaneError {
         netns: String,
         /// What was tried, and what went wrong.
         source: NetlinkError,
+    },
+    /// Its devices stay down.
+    #[error(
+        "cannot make a lane in network namespace {netns}: its devices did not come up within {seconds} s"
+    )]
+    Down {
+        /// The namespace.
+        netns: String,
+        /// How long was waited.
+        seconds: u64,
     },
     /// A setting of a device could not be made.
     #[error("cannot make a lane in network namespace {netns}: writing {path} failed: {source}")]
@@ -233,10 +246,11 @@ impl Lane {
         Ok(())
     }
 
-    /// A VLAN device passes packets on only once its carrier's is seen to be up.
+    /// A VLAN device passes packets on only once its carrier's is seen to be up: until then it has no queue, and what
+    /// is sent is dropped.
     fn await_carriers(&self, indices: &[u32]) -> Result<(), LaneError> {
         let began = Instant::now();
-        while began.elapsed() < EMPTYING {
+        loop {
             let mut running = true;
             for index in indices {
                 running &= netlink::link_by_index(*index)
@@ -244,11 +258,16 @@ impl Lane {
                     .is_some_and(|link| link.running);
             }
             if running {
-                break;
+                return Ok(());
+            }
+            if began.elapsed() > COMING_UP {
+                return Err(LaneError::Down {
+                    netns: self.netns.to_string(),
+                    seconds: COMING_UP.as_secs(),
+                });
             }
             thread::sleep(Duration::from_millis(1));
         }
-        Ok(())
     }
 
     /// Keeps the kernel from sending anything of its own through a device.

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,9 @@ pub(crate) const MEMORY: u32 = 2048;
 /// code that it patches while it runs.
 const ATTEMPTS: u32 = 3;
 
+/// How long a kernel may take to come up.
+const COMING_UP: Duration = Duration::from_mins(3);
+
 /// What the guest's first process says first.
 const UP: &str = "guest: up";
 
@@ -50,6 +54,9 @@ const LAST_LINES: usize = 40;
 
 /// Numbers of machines, for their files' names.
 static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// Held while an image is made.
+static IMAGES: Mutex<()> = Mutex::new(());
 
 /// A machine to be started.
 #[derive(Debug)]
@@ -133,7 +140,11 @@ impl Machine<'_> {
         let file = |kind: &str| notes.join(format!("vm-{}.{number}.{kind}", std::process::id()));
         let (disk, back) = (file("cpio"), file("back"));
         let _cleaning = Cleaning([disk.clone(), back.clone()]);
-        self.image(setup, built, programs)?.write(&disk)?;
+        {
+            // Programs are stripped by way of one file.
+            let _one_at_a_time = IMAGES.lock().unwrap_or_else(PoisonError::into_inner);
+            self.image(setup, built, programs)?.write(&disk)?;
+        }
         let mut attempt = 1;
         loop {
             let ended = self.boot(&disk, &back, &mut line)?;
@@ -166,13 +177,7 @@ impl Machine<'_> {
                 .with_context(|| {
                     format!("running a virtual machine: `{shown}` cannot be started")
                 })?;
-            trouble = self.watch(child, &mut |text| {
-                if text == UP {
-                    up = true;
-                } else {
-                    line(text);
-                }
-            })?;
+            (trouble, up) = self.watch(child, line)?;
         }
         let text = fs::read(back).with_context(|| format!("reading {}", back.display()))?;
         let verdict: Option<Verdict> = serde_json::from_slice(&text).ok();
@@ -192,8 +197,12 @@ impl Machine<'_> {
         })
     }
 
-    /// Reads the console until the machine has ended or its time is up. Returns what went wrong.
-    fn watch(&self, mut child: Child, line: &mut impl FnMut(&str)) -> Result<Option<String>> {
+    /// Reads the console until the machine has ended or its time is up. Returns what went wrong, and whether it came up.
+    fn watch(
+        &self,
+        mut child: Child,
+        line: &mut impl FnMut(&str),
+    ) -> Result<(Option<String>, bool)> {
         let console = child.stdout.take().context("qemu has no console")?;
         let (sender, receiver) = mpsc::channel();
         thread::spawn(move || {
@@ -205,15 +214,25 @@ impl Machine<'_> {
         });
         let began = Instant::now();
         let mut last: Vec<String> = Vec::new();
-        let mut trouble = None;
+        let mut trouble: Option<String> = None;
+        let mut up = false;
         loop {
-            let left = self.deadline.saturating_sub(began.elapsed());
+            let deadline = if up {
+                self.deadline
+            } else {
+                self.deadline.min(COMING_UP)
+            };
+            let left = deadline.saturating_sub(began.elapsed());
             match receiver.recv_timeout(left) {
                 Ok(bytes) => {
                     let text = String::from_utf8_lossy(&bytes);
                     let text = text.trim_end_matches('\r');
                     if is_oops(text) && trouble.is_none() {
                         trouble = Some(format!("the kernel complained: {}", text.trim()));
+                    }
+                    if text == UP {
+                        up = true;
+                        continue;
                     }
                     line(text);
                     last.push(text.to_owned());
@@ -224,11 +243,16 @@ impl Machine<'_> {
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     child.kill().context("ending a virtual machine")?;
-                    trouble = Some(format!(
-                        "it did not end within {} s; its last lines:\n{}",
-                        self.deadline.as_secs(),
+                    let late = format!(
+                        "it did not {} within {} s; its last lines:\n{}",
+                        if up { "end" } else { "come up" },
+                        deadline.as_secs(),
                         last.join("\n")
-                    ));
+                    );
+                    trouble = Some(match trouble {
+                        Some(first) => format!("{first}; then {late}"),
+                        None => late,
+                    });
                     break;
                 }
             }
@@ -241,7 +265,7 @@ impl Machine<'_> {
                 last.join("\n")
             ));
         }
-        Ok(trouble)
+        Ok((trouble, up))
     }
 
     fn qemu(&self, disk: &Path, back: &Path) -> Command {
@@ -384,7 +408,7 @@ struct Cleaning([PathBuf; 2]);
 impl Drop for Cleaning {
     fn drop(&mut self) {
         for path in &self.0 {
-            // What cannot be removed is overwritten the next time.
+            // What cannot be removed is taken by `sweep` the next time.
             let _ = fs::remove_file(path);
         }
     }

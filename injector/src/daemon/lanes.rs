@@ -42,7 +42,7 @@ pub(super) struct LaneRecord<L> {
     /// The limits that the rules in force ask for.
     wanted: FqLimits,
     /// Its load at the last look, if its queues were empty then.
-    idle_load: Option<u64>,
+    idle_load: Option<(u64, u64)>,
 }
 
 /// Packets a second that a lane is to take: more than the CPUs of a large machine send through one.
@@ -268,12 +268,13 @@ impl<P: Plane, H: Host> State<P, H> {
             }
             // Not empty on paper at two looks in a row, with nothing in the queues at either: no packet is on its
             // way from or to a queue for so long.
-            if before == Some(held.load) {
+            let now = (held.load, queue.qdisc.sent_packets);
+            if before == Some(now) {
                 if self.plane.empty_lane(record.number, held.load) {
                     tracing::debug!(packets = held.packets, "a lane has lost packets on the way");
                 }
             } else {
-                record.idle_load = Some(held.load);
+                record.idle_load = Some(now);
             }
         }
     }

@@ -34,6 +34,7 @@ const TCA_BPF_TAG: u16 = 10;
 const TCA_BPF_ID: u16 = 11;
 const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
 const TCA_STATS2: u16 = 7;
+const TCA_STATS_BASIC: u16 = 1;
 const TCA_STATS_QUEUE: u16 = 3;
 const TCA_FQ_PLIMIT: u16 = 1;
 const TCA_FQ_FLOW_PLIMIT: u16 = 2;
@@ -564,6 +565,8 @@ pub struct QdiscStats {
     pub queued_bytes: u64,
     /// Packets that it dropped, since it was made.
     pub dropped_packets: u64,
+    /// Packets that have left it; 32 bits, which begin again.
+    pub sent_packets: u64,
 }
 
 /// The counters of an interface's root qdisc; those of mq are the sums of its children's (`mq_dump`,
@@ -594,7 +597,14 @@ pub fn root_stats(ifindex: u32) -> Result<QdiscStats, NetlinkError> {
                 .and_then(|bytes| bytes.try_into().ok())
                 .map_or(0, |bytes| u64::from(u32::from_ne_bytes(bytes)))
         };
+        // struct gnet_stats_basic: bytes (64 bits), packets.
+        let sent = attributes
+            .get(TCA_STATS_BASIC)
+            .and_then(|basic| basic.get(8..12))
+            .and_then(|bytes| bytes.try_into().ok())
+            .map_or(0, |bytes| u64::from(u32::from_ne_bytes(bytes)));
         return Ok(QdiscStats {
+            sent_packets: sent,
             queued_packets: field(0),
             queued_bytes: field(4),
             dropped_packets: field(8),

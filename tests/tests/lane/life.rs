@@ -34,6 +34,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             a_flush_drops_copies_and_not_originals,
         ),
         trial(
+            "life::order_is_kept_when_one_of_two_rules_ends",
+            NEEDS,
+            order_is_kept_when_one_of_two_rules_ends,
+        ),
+        trial(
             "life::a_killed_daemon_s_lane_is_harmless",
             NEEDS,
             a_killed_daemon_s_lane_is_harmless,
@@ -233,6 +238,31 @@ fn a_flush_drops_copies_and_not_originals() -> Result<()> {
                 .all(|delay| (480.0..1400.0).contains(delay))
             && taken[20..].iter().all(|delay| *delay > 2100.0),
         "{arrived:?} after {taken:?}"
+    );
+    injector.stats()?.lanes_lost_nothing()
+}
+
+/// What stays is a rule that needs no lane by itself: later packets wait for held ones all the same.
+fn order_is_kept_when_one_of_two_rules_ends() -> Result<()> {
+    let lab = Lab::pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Injector::started(&[])?;
+    for rule in ["slow --delay 900ms", "short --mtu-blackhole 1400"] {
+        injector.add(&format!(
+            "{rule} --netns {} --iface eth0 --to {} --proto udp",
+            a.netns(),
+            b.v4
+        ))?;
+    }
+    let path = Timed::v4(a, 6000, b, 7000)?;
+    path.send(1..=30, Duration::from_millis(1))?;
+    injector.json(&["heal", "slow"])?;
+    path.send(31..=60, Duration::from_millis(1))?;
+    let arrived = path.receive(60, Duration::from_millis(50), Duration::from_secs(10))?;
+    ensure!(
+        arrived.iter().map(|one| one.number).eq(1..=60),
+        "packets overtook held ones, or were lost: {arrived:?}"
     );
     injector.stats()?.lanes_lost_nothing()
 }
