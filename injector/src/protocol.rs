@@ -976,6 +976,10 @@ pub struct LaneStats {
     pub dropped_packets: u64,
     /// Packets that its devices dropped.
     pub device_drops: u64,
+    /// Packets that its targets' interfaces dropped as they arrived, since they became targets: those of a full
+    /// backlog are among them, through which packets come back from the lane.
+    #[serde(default)]
+    pub backlog_drops: u64,
 }
 
 /// What lanes lost, or met on their devices and know nothing of, since the daemon started.

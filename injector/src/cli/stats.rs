@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{
     exit::{Exit, Failure},
-    output::{Output, Table, Tone, age, bytes, percent, toned},
+    output::{Output, Table, Tone, age, bytes, grouped, percent, toned},
     report,
     session::Session,
 };
@@ -379,8 +379,8 @@ fn lanes(stats: &StatsResult) -> String {
             text,
             "lane of network namespace {}: holds {} of {} packets, {} of {} of memory",
             lane.netns,
-            lane.queued_packets,
-            lane.capacity_packets,
+            grouped(lane.queued_packets),
+            grouped(lane.capacity_packets),
             bytes(lane.memory_bytes),
             bytes(lane.memory_capacity)
         );
@@ -400,6 +400,15 @@ fn lanes(stats: &StatsResult) -> String {
                 toned(Tone::Bad, "WARNING:"),
                 lane.dropped_packets,
                 lane.device_drops
+            );
+        }
+        if lane.backlog_drops > 0 {
+            let _ = writeln!(
+                text,
+                "{} its targets dropped {} packets as they arrived, or came back from it (their backlog was full: \
+                 raise net.core.netdev_max_backlog)",
+                toned(Tone::Notice, "warning:"),
+                lane.backlog_drops
             );
         }
     }

@@ -74,6 +74,8 @@ pub trait Host: Send + 'static {
     fn lane_stats(&self, lane: &Self::Lane) -> Result<LaneQueue, ErrorBody>;
     /// Removes a lane. Returns how many packets it still held. After an error it can be tried again.
     fn remove_lane(&self, lane: &mut Self::Lane) -> Result<u64, ErrorBody>;
+    /// Packets that an interface has dropped as they arrived; a full backlog shows there.
+    fn rx_dropped(&self, link: &TargetLink) -> Result<u64, ErrorBody>;
     /// A warning for each pair of targets that the same packet passes.
     fn double_pass(&self, targets: &[(Netns, u32)]) -> Vec<String>;
 }
@@ -185,6 +187,15 @@ impl Host for KernelHost {
     fn remove_lane(&self, lane: &mut Lane) -> Result<u64, ErrorBody> {
         lane.remove(Duration::ZERO)
             .map_err(|error| lane_error(&error))
+    }
+
+    fn rx_dropped(&self, link: &TargetLink) -> Result<u64, ErrorBody> {
+        let found = link
+            .netns
+            .run(|| netlink::link_by_index(link.index))
+            .map_err(|error| netns_error(&error))?
+            .map_err(|error| ErrorBody::new(netlink_error(&error), error.to_string()))?;
+        Ok(found.map_or(0, |link| link.stats.rx_dropped))
     }
 
     fn double_pass(&self, targets: &[(Netns, u32)]) -> Vec<String> {

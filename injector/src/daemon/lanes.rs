@@ -279,14 +279,24 @@ impl<P: Plane, H: Host> State<P, H> {
         }
     }
 
-    /// What lanes hold and have dropped.
-    pub(super) fn lane_stats(&self) -> Result<Vec<LaneStats>, ErrorBody> {
+    /// What lanes hold and have dropped. One whose namespace has just gone is not there.
+    pub(super) fn lane_stats(&self) -> Vec<LaneStats> {
         self.lanes
-            .values()
-            .map(|record| {
-                let queue = self.host.lane_stats(&record.lane)?;
+            .iter()
+            .filter_map(|(netns, record)| {
+                let queue = self.host.lane_stats(&record.lane).ok()?;
+                // What comes back on ingress passes the CPU's backlog again.
+                let backlog_drops = self
+                    .targets
+                    .iter()
+                    .filter(|(key, _)| key.netns == *netns)
+                    .filter_map(|(_, target)| {
+                        let now = self.host.rx_dropped(&target.link).ok()?;
+                        Some(now.saturating_sub(target.rx_dropped))
+                    })
+                    .sum();
                 let held = self.plane.lane_use(record.number);
-                Ok(LaneStats {
+                Some(LaneStats {
                     netns: record.netns.clone(),
                     queued_packets: queue.qdisc.queued_packets,
                     queued_bytes: queue.qdisc.queued_bytes,
@@ -296,6 +306,7 @@ impl<P: Plane, H: Host> State<P, H> {
                     full_packets: held.full_packets,
                     dropped_packets: queue.qdisc.dropped_packets,
                     device_drops: queue.device_drops,
+                    backlog_drops,
                 })
             })
             .collect()

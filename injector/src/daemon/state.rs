@@ -328,7 +328,7 @@ impl<P: Plane, H: Host> State<P, H> {
                 .map(|(key, target)| self.target_stats(key, target))
                 .collect::<Result<_, _>>()?,
             tables: self.plane.tables()?,
-            lanes: self.lane_stats()?,
+            lanes: self.lane_stats(),
             lane_losses: self.plane.lane_losses()?,
             flushes: self.flush_status(&self.flushes)?,
             lapses: self.lease.lapses(),

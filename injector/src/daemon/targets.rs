@@ -47,6 +47,8 @@ pub(super) struct Target<A> {
     pub(super) problem: Option<String>,
     /// A lane holds packets of it until then, by rules that have ended; the kernel's monotonic clock.
     pub(super) held_until_ns: u64,
+    /// Packets that its interface had dropped as they arrived when it became a target.
+    pub(super) rx_dropped: u64,
 }
 
 impl<A> Target<A> {
@@ -152,6 +154,7 @@ impl<P: Plane, H: Host> State<P, H> {
             fresh.regained.push((key, lost.unwrap_or_default()));
         } else {
             let target = Target {
+                rx_dropped: self.host.rx_dropped(link).unwrap_or_default(),
                 slot,
                 link: link.clone(),
                 attachment: Some(attachment),

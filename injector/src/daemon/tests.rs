@@ -337,6 +337,9 @@ impl Host for FakeHost {
             },
         ))
     }
+    fn rx_dropped(&self, _: &TargetLink) -> Result<u64, ErrorBody> {
+        Ok(0)
+    }
     fn limit_lane(&self, (): &(), limits: FqLimits) -> Result<(), ErrorBody> {
         self.0.world().queue_limits = Some(limits);
         Ok(())
