@@ -24,6 +24,7 @@ use nix::{
 };
 
 use super::{
+    packet_socket::on_one_cpu,
     topology::Node,
     udp::{drain, numbered, socket},
 };
@@ -113,24 +114,26 @@ impl Timed {
         size: usize,
         gap: Duration,
     ) -> Result<Vec<Sent>> {
-        let mut sent = Vec::new();
-        let began = Instant::now();
-        for (index, number) in (0_u32..).zip(numbers) {
-            while began.elapsed() < gap * index {
-                let left = (gap * index).saturating_sub(began.elapsed());
-                if left > Duration::from_millis(1) {
-                    thread::sleep(left.saturating_sub(Duration::from_micros(500)));
+        on_one_cpu(|| {
+            let mut sent = Vec::new();
+            let began = Instant::now();
+            for (index, number) in (0_u32..).zip(numbers) {
+                while began.elapsed() < gap * index {
+                    let left = (gap * index).saturating_sub(began.elapsed());
+                    if left > Duration::from_millis(1) {
+                        thread::sleep(left.saturating_sub(Duration::from_micros(500)));
+                    }
                 }
+                sent.push(Sent {
+                    number,
+                    at_ns: now_ns()?,
+                });
+                self.sender
+                    .send(&numbered(number, 0, size))
+                    .with_context(|| format!("sending datagram {number}"))?;
             }
-            sent.push(Sent {
-                number,
-                at_ns: now_ns()?,
-            });
-            self.sender
-                .send(&numbered(number, 0, size))
-                .with_context(|| format!("sending datagram {number}"))?;
-        }
-        Ok(sent)
+            Ok(sent)
+        })
     }
 
     /// Sends datagrams of these numbers as super-packets of up to `segments` of `size` bytes.
@@ -142,13 +145,16 @@ impl Timed {
     ) -> Result<()> {
         let numbers: Vec<u32> = numbers.into_iter().collect();
         setsockopt(&self.sender, UdpGsoSegment, &i32::from(size)).context("UDP_SEGMENT")?;
-        for group in numbers.chunks(segments) {
-            let mut bytes = vec![0; group.len() * usize::from(size)];
-            for (place, number) in bytes.chunks_mut(size.into()).zip(group) {
-                place[..4].copy_from_slice(&number.to_be_bytes());
+        on_one_cpu(|| {
+            for group in numbers.chunks(segments) {
+                let mut bytes = vec![0; group.len() * usize::from(size)];
+                for (place, number) in bytes.chunks_mut(size.into()).zip(group) {
+                    place[..4].copy_from_slice(&number.to_be_bytes());
+                }
+                self.sender.send(&bytes).context("sending a super-packet")?;
             }
-            self.sender.send(&bytes).context("sending a super-packet")?;
-        }
+            Ok(())
+        })?;
         setsockopt(&self.sender, UdpGsoSegment, &0).context("UDP_SEGMENT")
     }
 

@@ -102,7 +102,17 @@ impl Lab {
         Self::pair_with_mtu(1500)
     }
 
-    /// The same with another MTU.
+    /// A pair of which what arrives is taken in the order in which it was handed over
+    /// ([`Node::receive_on_one_cpu`]).
+    pub fn steady_pair() -> Result<Self> {
+        let lab = Self::pair()?;
+        for node in &lab.nodes {
+            node.receive_on_one_cpu()?;
+        }
+        Ok(lab)
+    }
+
+    /// A pair with another MTU.
     pub fn pair_with_mtu(mtu: u32) -> Result<Self> {
         let lab = Self::with_nodes(2)?;
         let (a, b) = (lab.nodes[0].clone(), lab.nodes[1].clone());

@@ -111,7 +111,7 @@ fn several_rules() -> Result<()> {
 
 /// Whether netem takes two of itself that duplicate.
 fn netem_beside() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let ns = &lab.a().ns;
     ns.tool("tc qdisc add dev eth0 root handle 1: netem duplicate 10%")?;
     let second = ns.try_tool("tc qdisc add dev eth0 parent 1: handle 2: netem duplicate 20%")?;
@@ -156,7 +156,7 @@ fn fate(rules: &[(&Rule, Stream)], n: u64) -> Option<Fate> {
 
 fn must_compose(rules: &[Rule], way: Way) -> Result<()> {
     const COUNT: u32 = 2 * SINGLE;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;

@@ -52,7 +52,7 @@ const LATE_MS: f64 = 3.0;
 
 /// Beyond fq's usual horizon of ten seconds.
 fn twelve_seconds() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -77,7 +77,7 @@ fn twelve_seconds() -> Result<()> {
 fn each_packet_gets_the_delay_that_its_number_draws() -> Result<()> {
     const COUNT: u32 = 200;
     const SEED: u64 = 11;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -150,7 +150,7 @@ fn distance_from(values: &[f64], asked: impl Fn(f64) -> f64) -> f64 {
 fn distributions_are_the_asked_ones() -> Result<()> {
     const COUNT: u32 = 1500;
     const BOUND: f64 = 0.0696 + 0.035;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -204,7 +204,7 @@ fn two_clusters(share: f64) -> f64 {
 fn distributions_of_files_are_the_asked_ones() -> Result<()> {
     const COUNT: u32 = 1500;
     const BOUND: f64 = 0.0696 + 0.035;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let scratch = Scratch::new()?;
@@ -285,7 +285,7 @@ fn distributions_of_files_are_the_asked_ones() -> Result<()> {
 fn correlation_is_the_asked_one() -> Result<()> {
     const COUNT: u32 = 1500;
     const BOUND: f64 = 0.143;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -336,7 +336,7 @@ fn autocorrelation(values: &[f64]) -> f64 {
 }
 
 fn loopback() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let a = lab.a();
     a.make_clsact()?;
     let injector = Injector::started(&[])?;

@@ -52,7 +52,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 fn healing_lets_held_packets_leave_at_their_time() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let before = Snapshot::of(&a.ns)?;
@@ -102,7 +102,7 @@ fn healing_lets_held_packets_leave_at_their_time() -> Result<()> {
 /// Two rules, `slow` for short packets to three ports, `other` for all packets to three ports, two of them the same:
 /// one flow for each, one for both, and one in which both hold the short packets and `other` alone the long ones.
 fn a_flush_drops_what_its_rule_holds_and_nothing_else() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let before = Snapshot::of(&a.ns)?;
@@ -201,7 +201,7 @@ fn a_flush_drops_what_its_rule_holds_and_nothing_else() -> Result<()> {
 }
 
 fn a_flush_drops_copies_and_not_originals() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -244,7 +244,7 @@ fn a_flush_drops_copies_and_not_originals() -> Result<()> {
 
 /// What stays is a rule that needs no lane by itself: later packets wait for held ones all the same.
 fn order_is_kept_when_one_of_two_rules_ends() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -268,7 +268,7 @@ fn order_is_kept_when_one_of_two_rules_ends() -> Result<()> {
 }
 
 fn a_killed_daemon_s_lane_is_harmless() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let before = Snapshot::of(&a.ns)?;
@@ -306,7 +306,7 @@ fn a_killed_daemon_s_lane_is_harmless() -> Result<()> {
 }
 
 fn other_traffic_never_enters() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;

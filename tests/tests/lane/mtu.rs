@@ -24,7 +24,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 
 /// In super-packets whose last datagram is shorter: it alone gets through.
 fn longer_packets_vanish() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -70,7 +70,7 @@ fn longer_packets_vanish() -> Result<()> {
 
 fn tcp_hangs_or_does_not() -> Result<()> {
     const BYTES: usize = 2 << 20;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;

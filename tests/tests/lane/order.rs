@@ -35,7 +35,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 
 fn jitter_keeps_order_unless_it_is_free() -> Result<()> {
     const COUNT: u32 = 400;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -127,7 +127,7 @@ fn since(arrived: &[Arrived], one: &Arrived) -> f64 {
 fn chosen_packets_are_held_back_and_no_others() -> Result<()> {
     const COUNT: u32 = 300;
     const SEED: u64 = 5;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;

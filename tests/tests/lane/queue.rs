@@ -37,7 +37,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 /// on how fast they were sent, within that time.
 fn it_holds_what_was_asked() -> Result<()> {
     const SIZE: u16 = 100;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -85,7 +85,7 @@ fn it_holds_what_was_asked() -> Result<()> {
 
 fn a_full_one_delays_who_shares_it_and_nobody_else() -> Result<()> {
     const FLOOD: u32 = 400;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -162,7 +162,7 @@ const CE: u8 = 3;
 /// has its turn at once; one is marked if it waits for more than 50 ms.
 fn marks_are_seen() -> Result<()> {
     const COUNT: u32 = 40;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -246,7 +246,7 @@ fn marks_are_seen() -> Result<()> {
 
 /// With ECN a stream keeps the queue short without losing a packet.
 fn tcp_answers_to_marks() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     for node in [a, b] {

@@ -67,7 +67,7 @@ fn steer_to_one_cpu(node: &Node) -> Result<()> {
 
 fn eight_streams_share_the_cpus_and_keep_their_order() -> Result<()> {
     const BYTES: usize = 2 << 20;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     // A veth receives on the CPU that sends, and two CPUs that take turns at a queue would overtake each other in
@@ -141,7 +141,7 @@ fn a_full_lane_loses_what_it_says_and_no_more() -> Result<()> {
         (["--lane-packets", "40"], 40, "packets"),
         (["--lane-memory", "64kb"], 65_536 / (106 + 768), "memory"),
     ] {
-        let lab = Lab::pair()?;
+        let lab = Lab::steady_pair()?;
         let (a, b) = (lab.a(), lab.b());
         a.make_clsact()?;
         let injector = Injector::started(&bounds)?;
@@ -186,7 +186,7 @@ fn a_full_lane_loses_what_it_says_and_no_more() -> Result<()> {
 }
 
 fn limits_follow_the_rules_and_held_packets_stay() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;

@@ -252,7 +252,7 @@ fn a_trace_is_replayed() -> Result<()> {
     const IP: usize = 1500;
     const SLOW: u32 = 62;
     const FAST: u32 = 250;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -335,7 +335,7 @@ fn a_trace_is_replayed() -> Result<()> {
 
 /// Two flows through one line share it; with lines of their own each has all of the rate.
 fn shares() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -370,7 +370,7 @@ fn shares() -> Result<()> {
 
 /// Two rules: the slower one decides, and each has a queue of its own.
 fn lines_in_series() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;

@@ -23,7 +23,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 
 fn packets_are_delayed_and_the_host_is_as_before() -> Result<()> {
     const ASKED: f64 = 30.0;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let before = Snapshot::of(&a.ns)?;

@@ -36,7 +36,7 @@ fn what_is_held_comes_in_a_burst_and_in_order() -> Result<()> {
     const TOGETHER: u32 = 400;
     const LATER: u32 = 50;
     const ALL: u32 = SINGLE + TOGETHER + LATER;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -116,7 +116,7 @@ fn what_is_held_comes_in_a_burst_and_in_order() -> Result<()> {
 /// A third of a second in each: what is sent all the time comes in bursts, and between them at once.
 fn again_and_again() -> Result<()> {
     const COUNT: u32 = 1000;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -153,7 +153,7 @@ fn again_and_again() -> Result<()> {
 }
 
 fn a_connection_survives() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;

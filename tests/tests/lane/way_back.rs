@@ -49,7 +49,7 @@ fn what_leaves() -> Result<()> {
     const MARK: u32 = 0xabcd_0042;
     const INDEX: u32 = 0x1234;
     for way in WAYS {
-        let lab = Lab::pair()?;
+        let lab = Lab::steady_pair()?;
         let (a, b) = (lab.a(), lab.b());
         a.make_clsact()?;
         set(&a.ns, "eth0", Hook::Egress, 1, Field::TcIndex, INDEX)?;
@@ -84,7 +84,7 @@ fn what_leaves() -> Result<()> {
 
 fn what_arrives() -> Result<()> {
     for way in WAYS {
-        let lab = Lab::pair()?;
+        let lab = Lab::steady_pair()?;
         let (a, b) = (lab.a(), lab.b());
         a.make_clsact()?;
         for (node, last) in [(a, 1), (b, 2)] {
