@@ -51,7 +51,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 fn sixty_four_super_packets_at_once() -> Result<()> {
     const SEGMENTS: u32 = 40;
     const COUNT: u32 = 64 * SEGMENTS;
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -171,7 +171,7 @@ fn eight_streams(a: &Node, b: &Node, in_order: bool) -> Result<()> {
 /// what was sent is what arrived and what was counted.
 fn a_flood_is_accounted_for() -> Result<()> {
     const FLOOD: Duration = Duration::from_secs(1);
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     for (name, delay, settings) in [
@@ -257,7 +257,7 @@ fn healing_under_load_loses_nothing() -> Result<()> {
         "--delay 5ms --jitter 5ms --order keep --duplicate 5%",
         "--reorder 10% --hold 20ms",
     ];
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;

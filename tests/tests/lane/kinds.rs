@@ -92,7 +92,7 @@ fn heal(injector: &Injector) -> Result<()> {
 }
 
 fn veth() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -147,7 +147,7 @@ fn bridge_and_port() -> Result<()> {
 }
 
 fn vlan_and_parent() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let (mut from, mut to) = (a.clone(), b.clone());
@@ -182,7 +182,7 @@ fn vlan_and_parent() -> Result<()> {
 }
 
 fn loopback() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let a = lab.a();
     let injector = Injector::started(&[])?;
     // Each packet leaves once and arrives once; the request and the answer both pass.
@@ -206,7 +206,7 @@ fn loopback() -> Result<()> {
 
 /// What is sent into a dummy goes nowhere; there it is counted when it has come back from the lane.
 fn dummy() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let ns = &lab.a().ns;
     ns.tool("ip link add dummy0 type dummy")?;
     ns.tool("ip addr add 10.99.7.1/24 dev dummy0")?;
@@ -230,7 +230,7 @@ fn dummy() -> Result<()> {
 }
 
 fn macvlan() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.ns.tool("ip link add link eth0 name mv0 type macvlan mode bridge")?;
     a.ns.tool("ip addr add 10.99.9.1/24 dev mv0")?;
@@ -254,7 +254,7 @@ fn macvlan() -> Result<()> {
 }
 
 fn what_has_no_ethernet_header() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let ns = &lab.a().ns;
     ns.tool("ip tuntap add dev tun0 mode tun")?;
     let injector = Injector::started(&[])?;

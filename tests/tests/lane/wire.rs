@@ -45,7 +45,7 @@ const R: f64 = 0.3;
 /// Bulk TCP, of which every wire packet is known by its identification: those that the seed draws are lost, no
 /// others, and their bursts are as long as the model has them.
 fn bulk_tcp_loses_single_packets() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -177,7 +177,7 @@ const FEW: u32 = 12_800;
 const PART: u32 = 6_400;
 
 fn super_packets_lose_single_packets() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
