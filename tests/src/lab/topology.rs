@@ -105,7 +105,12 @@ impl Lab {
     /// A pair of which what arrives is taken in the order in which it was handed over
     /// ([`Node::receive_on_one_cpu`]).
     pub fn steady_pair() -> Result<Self> {
-        let lab = Self::pair()?;
+        Self::steady_pair_with_mtu(1500)
+    }
+
+    /// The same with another MTU.
+    pub fn steady_pair_with_mtu(mtu: u32) -> Result<Self> {
+        let lab = Self::pair_with_mtu(mtu)?;
         for node in &lab.nodes {
             node.receive_on_one_cpu()?;
         }

@@ -135,7 +135,7 @@ fn compare(
 }
 
 fn udp_gets_the_asked_rate() -> Result<()> {
-    let lab = Lab::pair_with_mtu(JUMBO)?;
+    let lab = Lab::steady_pair_with_mtu(JUMBO)?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
@@ -224,7 +224,7 @@ fn stream(from: &Node, to: &Node, port: u16, bytes: usize) -> Result<Through> {
 
 /// The queue takes all that the stream sends: what is lost would come again, and late.
 fn tcp_gets_the_asked_rate() -> Result<()> {
-    let lab = Lab::pair_with_mtu(JUMBO)?;
+    let lab = Lab::steady_pair_with_mtu(JUMBO)?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;
