@@ -620,9 +620,9 @@ impl Step for Entering {
         // SAFETY: valid by `Tables`; rules of the copy in force are not written.
         let rule = unsafe { &*rule };
         let rejects = rule.fault == fault::REJECT;
-        let asks = rejects
-            || rule.needs & needs::LANE != 0
-            || rule.needs & needs::WIRE != 0 && work.segments.count > 1;
+        // Single packets too where only super-packets have to be cut up: what passed here would overtake what is on its
+        // way through the lane.
+        let asks = rejects || rule.needs & (needs::LANE | needs::WIRE) != 0;
         if asks
             && matched(tables, rule, slot, work).packets != 0
             && fate::phase(rule, work.now_ns) == Phase::Acting
