@@ -315,7 +315,7 @@ const LANE: &str = "lane";
 pub(crate) const IN_MACHINES: [&str; 3] = [LANE, "program", "lab"];
 
 /// How long one test program may take in emulation.
-const MACHINE_DEADLINE: Duration = Duration::from_mins(25);
+const MACHINE_DEADLINE: Duration = Duration::from_mins(40);
 
 /// Machines at one time. Each keeps one of two CPUs busy, most of the time.
 const MACHINES: usize = 2;
