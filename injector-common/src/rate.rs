@@ -10,7 +10,7 @@
 //! Packets have their turns in the order in which they are decided.
 
 use crate::{
-    decide::{Step, Tables, Work},
+    decide::{Step, Tables, Work, every},
     layout::{
         BYTE_TIME_SCALE, FlowKey, MAX_CANDIDATES, MAX_TRACE, OPPORTUNITY_BYTES, RuleEntry, Shape,
         StateKey, hook, kind, queue_limit, rate_share, stage, state_site,
@@ -92,8 +92,7 @@ fn bytes_on_line(shape: &Shape, work: &Work) -> u64 {
     };
     let more = i64::from(around) + i64::from(shape.overhead);
     let count = work.segments.count;
-    let packets = u64::from(work.segments.full_length) * u64::from(count - 1)
-        + u64::from(work.segments.last_length);
+    let packets = every(&work.segments).bytes;
     let bytes = packets.cast_signed() + i64::from(count) * more;
     if bytes < 1 { 1 } else { bytes.cast_unsigned() }
 }

@@ -219,9 +219,7 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
         }
         let held_by = u64::from((*skb).cb[3]) | u64::from((*skb).cb[4]) << 32;
         if let Some(flushed) = holders::flushing(&tables::Kernel, held_by) {
-            let segments = (*skb).gso_segs;
-            let packets = if segments > 1 { segments } else { 1 };
-            holders::count(&tables::Kernel, flushed, direction, u64::from(packets));
+            holders::count(&tables::Kernel, flushed, direction, wire_packets(skb));
             return TC_ACT_STOLEN;
         }
         // The line's queue says nothing of the target's: that goes by the flow (`skb_tx_hash`, net/core/dev.c).
@@ -426,6 +424,14 @@ unsafe fn note_holders(skb: *mut __sk_buff, held_by: u64) {
     }
 }
 
+/// How many wire packets an skb is, by what the kernel says.
+#[inline(always)]
+unsafe fn wire_packets(skb: *mut __sk_buff) -> u64 {
+    // SAFETY: the caller's skb; a TC program may read this field.
+    let segments = unsafe { (*skb).gso_segs };
+    u64::from(if segments > 1 { segments } else { 1 })
+}
+
 /// What a packet adds to its lane's load. A tag of its own counts, be it beside the packet or in it.
 #[inline(always)]
 unsafe fn load(skb: *mut __sk_buff) -> u64 {
@@ -457,9 +463,7 @@ unsafe fn admit(skb: *mut __sk_buff) -> bool {
             return true;
         }
         tables::Kernel.increment(held, adds.wrapping_neg());
-        let segments = (*skb).gso_segs;
-        let packets = if segments > 1 { segments } else { 1 };
-        tables::Kernel.increment(&raw mut (*lane).full_packets, u64::from(packets));
+        tables::Kernel.increment(&raw mut (*lane).full_packets, wire_packets(skb));
         false
     }
 }
