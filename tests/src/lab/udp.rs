@@ -40,6 +40,25 @@ pub fn socket(ns: &Netns, address: SocketAddr) -> Result<UdpSocket> {
     Ok(socket)
 }
 
+/// Sends one datagram on a connected socket that earlier datagrams were answered on. An error that waits at the
+/// socket fails one send, which then sends nothing, and an answer may come in at any moment until then: that send is
+/// made again.
+pub fn send_answered(socket: &UdpSocket, payload: &[u8]) -> Result<()> {
+    let patience = Instant::now() + Duration::from_secs(10);
+    loop {
+        match socket.send(payload) {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() > patience => {
+                return Err(error).context("a datagram can not be sent");
+            }
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::EACCES | libc::ENETUNREACH) => {}
+                _ => return Err(error).context("sending a datagram"),
+            },
+        }
+    }
+}
+
 /// A number as the bytes of a datagram.
 #[must_use]
 pub fn numbered(number: u32, sender: u16, length: usize) -> Vec<u8> {

@@ -315,9 +315,7 @@ fn a_udp_sender_learns_of_what_became_of_its_datagram() -> Result<()> {
                 let room = if v6 { 1280 - 48 - 48 } else { 576 - 28 - 28 };
                 for length in [1, 5, 100, room, 1400] {
                     let payload: Vec<u8> = (0..=250).cycle().take(length).collect();
-                    // An error that is waiting fails one send.
-                    let _waiting = socket.take_error()?;
-                    socket.send(&payload)?;
+                    udp::send_answered(&socket, &payload)?;
                     let heard = wait_for("the sender is told", PATIENCE, || told(&socket))?;
                     let (kind, code) = type_and_code(answer, v6);
                     let expected = Told {
@@ -334,9 +332,8 @@ fn a_udp_sender_learns_of_what_became_of_its_datagram() -> Result<()> {
                 }
                 // A super-packet is answered once.
                 let before = counters(&injector)?;
-                let _waiting = socket.take_error()?;
                 setsockopt(&socket, UdpGsoSegment, &100).context("UDP_SEGMENT")?;
-                socket.send(&[9; 1000])?;
+                udp::send_answered(&socket, &[9; 1000])?;
                 wait_for("the sender is told", PATIENCE, || told(&socket))?;
                 ensure!(told(&socket)?.is_none(), "told more than once");
                 let after = counters(&injector)?;
@@ -642,8 +639,7 @@ fn checksums_are_right_whoever_completes_them() -> Result<()> {
                         let socket = udp::socket(&a.ns, from)?;
                         socket.connect(to)?;
                         for length in [0, 3, 64, 1300] {
-                            let _waiting = socket.take_error()?;
-                            socket.send(&vec![0x5a; length])?;
+                            udp::send_answered(&socket, &vec![0x5a; length])?;
                             answers += 1;
                         }
                     }
