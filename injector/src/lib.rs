@@ -17,5 +17,6 @@ pub mod probe;
 pub mod protocol;
 pub mod realised;
 pub mod rules;
+pub mod scenario;
 pub mod ssh;
 mod undo;

@@ -1,5 +1,6 @@
 //! The text form of a rule: what files hold, what requests carry and what `list --json` prints.
 
+use schemars::JsonSchema;
 use serde::{
     Deserialize, Deserializer, Serialize,
     de::{self, SeqAccess, Visitor},
@@ -10,7 +11,7 @@ use std::fmt;
 ///
 /// Where a list is expected, a single text or number is accepted too, and one text may hold several
 /// entries separated by commas.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RuleSpec {
     /// Name; generated from the content where absent.
@@ -28,6 +29,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub iface: Vec<String>,
     /// `egress`, `ingress` or `both` (the default).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -38,6 +40,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub peer: Vec<String>,
     /// The same for the local side.
     #[serde(
@@ -45,6 +48,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub local: Vec<String>,
     /// The same for the source of the packet.
     #[serde(
@@ -52,6 +56,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub src: Vec<String>,
     /// The same for the destination of the packet.
     #[serde(
@@ -59,6 +64,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub dst: Vec<String>,
     /// Exceptions to `peer`: another way to write `!` there.
     #[serde(
@@ -66,6 +72,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub except: Vec<String>,
     /// Ports and ranges (`80`, `8000-8080`) at the peer.
     #[serde(
@@ -73,6 +80,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub peer_port: Vec<String>,
     /// Ports and ranges at the local side.
     #[serde(
@@ -80,6 +88,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub local_port: Vec<String>,
     /// Source ports and ranges.
     #[serde(
@@ -87,6 +96,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub src_port: Vec<String>,
     /// Destination ports and ranges.
     #[serde(
@@ -94,6 +104,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub dst_port: Vec<String>,
     /// Protocols: names, numbers, `arp`, `nd`, `other`.
     #[serde(
@@ -101,6 +112,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub proto: Vec<String>,
     /// 4 or 6.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -111,6 +123,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub icmp_type: Vec<String>,
     /// TCP flags: `syn,!ack`, or `VALUE/MASK`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -121,6 +134,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub length: Vec<String>,
     /// DSCP by name or number.
     #[serde(
@@ -128,6 +142,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub dscp: Vec<String>,
     /// Firewall marks: `VALUE` or `VALUE/MASK`.
     #[serde(
@@ -135,6 +150,7 @@ pub struct RuleSpec {
         deserialize_with = "texts",
         skip_serializing_if = "Vec::is_empty"
     )]
+    #[schemars(with = "Texts")]
     pub mark: Vec<String>,
     /// Share of conversations: `25%`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -167,7 +183,7 @@ pub struct RuleSpec {
 
 /// What happens to the packets of a rule, as text: at least one of the faults, and at most one of those that go
 /// by position or answer (from `cut` to `reject`).
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FaultSpec {
     /// Every packet is lost.
@@ -269,7 +285,7 @@ pub struct FaultSpec {
 }
 
 /// A trace of a link's rate: an opportunity to deliver 1504 bytes at each of these times, over and over.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TraceSpec {
     /// What it is called.
@@ -294,6 +310,25 @@ impl FaultSpec {
             ..FaultSpec::default()
         }
     }
+}
+
+/// What [`texts`] reads, for the schema.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "never made: its schema is what it is for")]
+enum Texts {
+    Text(String),
+    Number(u64),
+    List(Vec<TextOrNumber>),
+}
+
+/// An entry of such a list.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "never made: its schema is what it is for")]
+enum TextOrNumber {
+    Text(String),
+    Number(u64),
 }
 
 /// Reads a list of texts, and lets a single text or number stand for a list of one.

@@ -52,7 +52,9 @@ pub fn send_answered(socket: &UdpSocket, payload: &[u8]) -> Result<()> {
                 return Err(error).context("a datagram can not be sent");
             }
             Err(error) => match error.raw_os_error() {
-                Some(libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::EACCES | libc::ENETUNREACH) => {}
+                Some(
+                    libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::EACCES | libc::ENETUNREACH,
+                ) => {}
                 _ => return Err(error).context("sending a datagram"),
             },
         }
