@@ -133,6 +133,9 @@ struct BenchArgs {
     /// With --vm: the line of kernels
     #[arg(long, value_name = "LINE", default_value = "6.1", requires = "vm")]
     kernel: Line,
+    /// With --vm: only what has this text in its title
+    #[arg(long, value_name = "TEXT", requires = "vm")]
+    only: Option<String>,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -236,7 +239,11 @@ fn main() -> ExitCode {
             run::machine(&arguments.kernel, arguments.memory, Duration::MAX, &[])
         }
         Verb::Bench(arguments) if arguments.vm => {
-            run::bench_in_machine(&arguments.kernel, arguments.json)
+            run::bench_in_machine(
+                &arguments.kernel,
+                arguments.only.as_deref(),
+                arguments.json,
+            )
         }
         Verb::Bench(arguments) => run::bench(arguments.json),
         Verb::Demo(arguments) => run::demo(&arguments.arguments),

@@ -68,7 +68,7 @@ pub(crate) fn bench(json: bool) -> Result<ExitCode> {
 
 /// `cargo xtask bench --vm`: the injector beside netem, on another kernel. With `json` the document goes to standard
 /// output and everything else to standard error.
-pub(crate) fn bench_in_machine(line: &Line, json: bool) -> Result<ExitCode> {
+pub(crate) fn bench_in_machine(line: &Line, only: Option<&str>, json: bool) -> Result<ExitCode> {
     /// Emulated machines are slow, and there is much to measure.
     const DEADLINE: Duration = Duration::from_mins(40);
     const DOCUMENT: &str = "/run/bench.json";
@@ -78,17 +78,22 @@ pub(crate) fn bench_in_machine(line: &Line, json: bool) -> Result<ExitCode> {
     )?;
     let kernel = vm::kernel(line)?;
     let program = built.binary("bench")?;
-    let command = [
+    let mut command: Vec<OsString> = [
         program.as_os_str(),
         "netem".as_ref(),
         "--document".as_ref(),
         DOCUMENT.as_ref(),
-    ];
+    ]
+    .map(OsString::from)
+    .to_vec();
+    if let Some(only) = only {
+        command.extend(["--only".into(), only.into()]);
+    }
     let machine = Machine {
         kernel: &kernel,
         memory: vm::MEMORY,
         deadline: DEADLINE,
-        command: command.map(OsString::from).to_vec(),
+        command,
         folder: PathBuf::from("/root"),
         environment: vec![],
         back: Some(PathBuf::from(DOCUMENT)),

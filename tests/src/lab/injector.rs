@@ -275,7 +275,9 @@ impl Stats {
         let dropped: u64 = self
             .lanes
             .iter()
-            .map(|lane| lane.full_packets + lane.dropped_packets + lane.device_drops)
+            .map(|lane| {
+                lane.full_packets + lane.dropped_packets + lane.device_drops + lane.backlog_drops
+            })
             .sum();
         let errors: u64 = self
             .targets

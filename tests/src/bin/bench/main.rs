@@ -42,6 +42,9 @@ enum What {
         /// Write a JSON document into this file besides
         #[arg(long, value_name = "FILE")]
         document: Option<PathBuf>,
+        /// Measure only what has this text in its title
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
     },
 }
 
@@ -88,7 +91,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match &arguments.what {
         None => measure().and_then(|document| print(&arguments, &document)),
-        Some(What::Netem { document }) => beside_netem(&arguments, document.as_deref()),
+        Some(What::Netem { document, only }) => {
+            beside_netem(&arguments, document.as_deref(), only.as_deref())
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -124,10 +129,10 @@ struct Comparison {
     netem: netem::Report,
 }
 
-fn beside_netem(arguments: &Arguments, file: Option<&Path>) -> Result<()> {
+fn beside_netem(arguments: &Arguments, file: Option<&Path>, only: Option<&str>) -> Result<()> {
     sweep()?;
     let comparison = Comparison {
-        netem: netem::measure()?,
+        netem: netem::measure(only)?,
         machine: machine(),
     };
     if let Some(file) = file {
