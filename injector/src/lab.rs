@@ -647,7 +647,7 @@ fn remove(store: &mut Store, name: &str) -> Result<Option<Removed>, LabError> {
             })?;
         }
     }
-    removed.notes.extend(inhabitants(&record));
+    removed.notes.extend(remarks(&record));
     // Of those without an identity a crash can have left the first, and no other.
     let unsure = record
         .namespaces
@@ -701,35 +701,46 @@ fn unwire(nodes: u8) -> Result<(), NetlinkError> {
     Ok(())
 }
 
-/// Processes that still live in the lab's namespaces.
-fn inhabitants(record: &Record) -> Vec<String> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<u32>().ok())
-        else {
-            continue;
-        };
-        let Ok(meta) = fs::metadata(format!("/proc/{pid}/ns/net")) else {
-            continue;
-        };
-        let home = record.namespaces.iter().find(|space| {
-            space
-                .id
-                .is_some_and(|id| (id.dev, id.ino) == (meta.dev(), meta.ino()))
-        });
-        if let Some(space) = home {
+/// Processes that still live in the lab's namespaces, and in which.
+fn living(record: &Record) -> impl Iterator<Item = (u32, &Space)> {
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse::<u32>().ok()?;
+            let meta = fs::metadata(format!("/proc/{pid}/ns/net")).ok()?;
+            let home = record.namespaces.iter().find(|space| {
+                space
+                    .id
+                    .is_some_and(|id| (id.dev, id.ino) == (meta.dev(), meta.ino()))
+            })?;
+            Some((pid, home))
+        })
+}
+
+/// The same in words.
+fn remarks(record: &Record) -> Vec<String> {
+    living(record)
+        .map(|(pid, space)| {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            found.push(format!(
+            format!(
                 "process {pid} ({}) still runs in {}, without a network now",
                 name.trim(),
                 space.node
-            ));
-        }
-    }
-    found
+            )
+        })
+        .collect()
+}
+
+/// Ids of the processes that live in the namespaces of a lab.
+pub fn inhabitants(state_dir: &Path, name: &str) -> Result<Vec<u32>, LabError> {
+    let state = load(state_dir)?;
+    Ok(state
+        .labs
+        .get(name)
+        .map(|record| living(record).map(|(pid, _)| pid).collect())
+        .unwrap_or_default())
 }
 
 /// The labs that exist.

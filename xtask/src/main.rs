@@ -239,11 +239,7 @@ fn main() -> ExitCode {
             run::machine(&arguments.kernel, arguments.memory, Duration::MAX, &[])
         }
         Verb::Bench(arguments) if arguments.vm => {
-            run::bench_in_machine(
-                &arguments.kernel,
-                arguments.only.as_deref(),
-                arguments.json,
-            )
+            run::bench_in_machine(&arguments.kernel, arguments.only.as_deref(), arguments.json)
         }
         Verb::Bench(arguments) => run::bench(arguments.json),
         Verb::Demo(arguments) => run::demo(&arguments.arguments),

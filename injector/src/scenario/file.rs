@@ -251,7 +251,8 @@ pub struct Step {
     pub after: Option<After>,
     /// It begins when a check turns true or false, whatever has become of the step before it.
     pub when: Option<When>,
-    /// How long the fault lasts, the process is paused, or the group may take.
+    /// How long the fault lasts, or the process is paused; of a killed service, when it is started again; of a group,
+    /// when all of it ends, and faults that it has begun are healed.
     #[serde(rename = "for")]
     pub lasts: Option<Period>,
     /// Hosts that act; all where absent. A host that plays the file does the part of those that it is itself; a
@@ -798,7 +799,39 @@ pub struct Check {
     pub at_end: bool,
 }
 
+impl Probe {
+    /// What is asked, in words.
+    #[must_use]
+    pub fn words(&self) -> String {
+        if let Some(command) = self.command.as_ref().or(self.stream.as_ref()) {
+            let text = command.to_string();
+            let mut lines = text.lines();
+            let first = lines.next().unwrap_or_default().to_owned();
+            if lines.next().is_some() {
+                return format!("{first} …");
+            }
+            first
+        } else if let Some(tcp) = &self.tcp {
+            format!("connect to {tcp}")
+        } else if let Some(http) = &self.http {
+            format!("{} {}", http.method, http.url)
+        } else {
+            String::new()
+        }
+    }
+}
+
 impl Check {
+    /// What is asked, in words.
+    #[must_use]
+    pub fn words(&self) -> String {
+        let from = self
+            .on
+            .as_ref()
+            .map_or_else(String::new, |on| format!(" (from {on})"));
+        format!("{}{from}", self.probe().words())
+    }
+
     /// How to ask.
     #[must_use]
     pub fn probe(&self) -> Probe {

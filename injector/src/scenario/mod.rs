@@ -5,9 +5,13 @@
 //! the tree out and writes down what happens, as [`record`]s; [`verdict`] judges the records, and [`report`] shows
 //! them. Everything but `play` is a pure function of its input.
 
+pub mod draw;
 pub mod file;
 pub mod names;
 pub mod nemesis;
+pub mod plan;
+pub mod play;
 pub mod record;
 pub mod shape;
+pub mod verdict;
 pub mod vocabulary;

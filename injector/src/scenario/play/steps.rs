@@ -1,0 +1,519 @@
+//! Carrying out the steps of a plan: each waits for its turn, acts, and says when it has begun and ended.
+
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+
+use super::{
+    Stop, World, checks,
+    faults::Faults,
+    processes::{self, Paused},
+    services::Services,
+};
+use crate::{
+    rules::{RuleSpec, text::duration},
+    scenario::{
+        file::{CheckState, Edge, Outcome, Partition, Processes, RunCommand, When},
+        plan::{self, Action, Begins, Planned},
+        record::Event,
+        shape::{self, Who},
+    },
+};
+
+/// How long a command may take that names a host for a partition.
+const NAMING: Duration = Duration::from_secs(10);
+
+/// What carrying out steps needs.
+pub(super) struct Player {
+    /// What they act on.
+    pub(super) world: Arc<World>,
+    /// The rules.
+    pub(super) faults: Faults,
+    /// The services.
+    pub(super) services: Arc<Services>,
+    /// What checks answered last.
+    pub(super) checks: BTreeMap<String, checks::State>,
+    /// Why the run is to end early, once it is.
+    pub(super) stop: Stop,
+    /// Processes that stand still, by the step that paused them.
+    pub(super) paused: Mutex<BTreeMap<String, (Paused, Instant)>>,
+}
+
+/// How far a step has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    Waiting,
+    Begun,
+    Ended,
+}
+
+/// What a step has to say when it ends.
+type Outcomes = Result<Option<String>, String>;
+
+impl Player {
+    /// Plays steps; ready when all of them have ended. Boxed, since a group may stand in a group.
+    #[must_use]
+    pub(super) fn play(
+        self: Arc<Self>,
+        steps: Vec<Planned>,
+        together: bool,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(self.play_all(steps, together))
+    }
+
+    async fn play_all(self: Arc<Self>, steps: Vec<Planned>, together: bool) {
+        let start = Instant::now();
+        let stages: Vec<watch::Sender<Stage>> = steps
+            .iter()
+            .map(|_| watch::channel(Stage::Waiting).0)
+            .collect();
+        let stages = Arc::new(stages);
+        let mut tasks = JoinSet::new();
+        for (index, step) in steps.into_iter().enumerate() {
+            let player = Arc::clone(&self);
+            let stages = Arc::clone(&stages);
+            tasks.spawn(async move {
+                let _ended = EndsAtLast(&stages, index);
+                let due = player.due(&step, index, start, together, &stages).await;
+                let outcome = match due {
+                    Due::Now => {
+                        set(&stages, index, Stage::Begun);
+                        player.world.recorder.write(Event::StepStarted {
+                            step: step.path.clone(),
+                            what: step.words(),
+                        });
+                        Arc::clone(&player).step(&step).await
+                    }
+                    Due::Never(problem) => Err(problem),
+                    Due::Stopped => return,
+                };
+                let (failure, detail) = match outcome {
+                    Ok(detail) => (None, detail),
+                    Err(failure) => (Some(failure), None),
+                };
+                player.world.recorder.write(Event::StepEnded {
+                    step: step.path.clone(),
+                    failure,
+                    detail,
+                });
+            });
+        }
+        while let Some(ended) = tasks.join_next().await {
+            if let Err(error) = ended {
+                self.world.recorder.write(Event::Trouble {
+                    text: format!("a step broke off: {error}"),
+                });
+            }
+        }
+    }
+
+    /// Waits until a step is due.
+    async fn due(
+        &self,
+        step: &Planned,
+        index: usize,
+        start: Instant,
+        together: bool,
+        stages: &[watch::Sender<Stage>],
+    ) -> Due {
+        let waited = async {
+            match &step.begins {
+                Begins::Next if together => None,
+                Begins::Next => {
+                    if let Some(before) = index.checked_sub(1) {
+                        reached(stages, before, Stage::Ended).await;
+                    }
+                    None
+                }
+                Begins::At(offset) => {
+                    sleep_until(start + *offset).await;
+                    None
+                }
+                Begins::After { step, of, plus } => {
+                    let stage = match of {
+                        Edge::Start => Stage::Begun,
+                        Edge::End => Stage::Ended,
+                    };
+                    reached(stages, *step, stage).await;
+                    sleep(*plus).await;
+                    None
+                }
+                Begins::When(when) => self.turned(when).await.err(),
+            }
+        };
+        let mut stop = self.stop.clone();
+        tokio::select! {
+            biased;
+            _ = stop.wait_for(Option::is_some) => Due::Stopped,
+            problem = waited => problem.map_or(Due::Now, Due::Never),
+        }
+    }
+
+    /// Waits until a check has turned true or false.
+    async fn turned(&self, when: &When) -> Result<(), String> {
+        let Some(state) = self.checks.get(&when.check) else {
+            return Err(format!("there is no check '{}'", when.check));
+        };
+        let wanted = when.is == CheckState::Holding;
+        let mut state = state.clone();
+        match timeout(when.within.0, state.wait_for(|ok| *ok == Some(wanted))).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(format!("check '{}' is not asked any more", when.check)),
+            Err(_) => Err(format!(
+                "check '{}' did not begin to {} within {}",
+                when.check,
+                if wanted { "hold" } else { "fail" },
+                when.within
+            )),
+        }
+    }
+
+    /// Until a time has passed or the run is to end early.
+    async fn pause_for(&self, time: Duration) {
+        let mut stop = self.stop.clone();
+        tokio::select! {
+            biased;
+            _ = stop.wait_for(Option::is_some) => {}
+            () = sleep(time) => {}
+        }
+    }
+
+    async fn step(self: Arc<Self>, step: &Planned) -> Outcomes {
+        match &step.action {
+            Action::Rules { rules, words } => self.fault(step, words, rules.clone()).await,
+            Action::AskedPartition { partition, seed } => {
+                let (who, cut) = self.asked(partition, *seed).await?;
+                let rules = plan::partition_rules(
+                    &self.world.scenario,
+                    self.world.plan.seed,
+                    &step.path,
+                    &cut,
+                    self.world.hosts(),
+                    &self.world.plan.selves,
+                );
+                let words = format!("partition {}", cut.words);
+                if rules.is_empty() {
+                    self.pause_for(step.lasts.unwrap_or_default()).await;
+                } else {
+                    self.fault(step, &words, rules).await?;
+                }
+                Ok(Some(format!("{who}: {words}")))
+            }
+            Action::Ramp {
+                values,
+                each,
+                words,
+            } => self.ramp(step, values, *each, words).await,
+            Action::Heal(paths) => {
+                let healed = async {
+                    if paths.is_empty() {
+                        self.faults.heal_all().await?;
+                    }
+                    for path in paths {
+                        self.faults.heal(path).await?;
+                    }
+                    Ok::<_, super::faults::FaultError>(())
+                };
+                healed.await.map_err(|error| error.to_string())?;
+                self.resume_where(|step| {
+                    paths.is_empty() || paths.iter().any(|path| is_within(step, path))
+                })
+            }
+            Action::Run { run, on } => self.run(run, on.as_deref()).await,
+            Action::Pause(which) => self.pause(step, which).await,
+            Action::Resume(which) => self.resume(which).await,
+            Action::Kill { processes, signal } => {
+                let killed = self.kill(processes, signal).await?;
+                if let (Some(lasts), Some(service)) = (step.lasts, &processes.service) {
+                    self.pause_for(lasts).await;
+                    self.services.restart(service).await?;
+                }
+                Ok(killed)
+            }
+            Action::Start(service) => self.services.restart(service).await.map(|()| None),
+            Action::Wait(time) => {
+                self.pause_for(*time).await;
+                Ok(None)
+            }
+            Action::Group { together, steps } => {
+                let inner = Arc::clone(&self).play(steps.clone(), *together);
+                let Some(lasts) = step.lasts else {
+                    inner.await;
+                    return Ok(None);
+                };
+                let end = Instant::now() + lasts;
+                let done = tokio::time::timeout_at(end, inner).await.is_ok();
+                if done {
+                    // What it has begun goes on until its time is over.
+                    self.pause_for(end.saturating_duration_since(Instant::now()))
+                        .await;
+                }
+                self.faults
+                    .heal(&step.path)
+                    .await
+                    .map_err(|error| error.to_string())?;
+                self.resume_where(|paused| is_within(paused, &step.path))?;
+                Ok((!done).then(|| format!("ended after {}", duration::format(lasts))))
+            }
+            Action::Others(_) => {
+                // The other hosts' part takes its time here too.
+                self.pause_for(step.lasts.unwrap_or_default()).await;
+                Ok(None)
+            }
+        }
+    }
+
+    /// A fault, and its end where it has one of its own.
+    async fn fault(&self, step: &Planned, words: &str, rules: Vec<RuleSpec>) -> Outcomes {
+        let mut healed = self
+            .faults
+            .start(&step.path, words, rules, step.expect_effect)
+            .await
+            .map_err(|error| error.to_string())?;
+        let Some(lasts) = step.lasts else {
+            return Ok(None);
+        };
+        tokio::select! {
+            () = self.pause_for(lasts) => {}
+            // Another step has healed it.
+            _ = healed.wait_for(|healed| *healed) => {}
+        }
+        self.faults
+            .heal(&step.path)
+            .await
+            .map(|()| None)
+            .map_err(|error| error.to_string())
+    }
+
+    async fn ramp(
+        &self,
+        step: &Planned,
+        values: &[(String, Vec<RuleSpec>)],
+        each: Duration,
+        words: &str,
+    ) -> Outcomes {
+        let start = Instant::now();
+        let mut healed = None;
+        for (index, (text, rules)) in (0_u32..).zip(values) {
+            let failed = |error: super::faults::FaultError| format!("at {text}: {error}");
+            match &healed {
+                None => {
+                    let receiver = self
+                        .faults
+                        .start(&step.path, words, rules.clone(), step.expect_effect)
+                        .await
+                        .map_err(failed)?;
+                    healed = Some(receiver);
+                }
+                Some(_) => self
+                    .faults
+                    .change(&step.path, rules.clone())
+                    .await
+                    .map_err(failed)?,
+            }
+            self.world.recorder.write(Event::Note {
+                text: format!("step {}: {text}", step.path),
+            });
+            let mut stop = self.stop.clone();
+            let ended = healed
+                .as_mut()
+                .map(|healed| healed.wait_for(|healed| *healed));
+            let Some(ended) = ended else { break };
+            tokio::select! {
+                biased;
+                _ = stop.wait_for(Option::is_some) => break,
+                _ = ended => return Ok(None),
+                () = sleep_until(start + each * (index + 1)) => {}
+            }
+        }
+        self.faults
+            .heal(&step.path)
+            .await
+            .map(|()| None)
+            .map_err(|error| error.to_string())
+    }
+
+    /// Asks which host a partition is about.
+    async fn asked(
+        &self,
+        partition: &Partition,
+        seed: u64,
+    ) -> Result<(String, shape::Cut), String> {
+        let Some(Who::Asked { command, on }) = &partition.who else {
+            return Err("the partition names no command".to_owned());
+        };
+        let ended = timeout(NAMING, checks::command(&self.world, command, on.as_deref()))
+            .await
+            .map_err(|_| format!("'{command}' named no host within {} s", NAMING.as_secs()))??;
+        let said = ended.said.trim();
+        if !ended.success {
+            return Err(format!("'{command}' named no host: {}: {said}", ended.how));
+        }
+        let word = said.split_whitespace().next().unwrap_or_default();
+        let host = self
+            .world
+            .hosts()
+            .find(word)
+            .ok_or_else(|| format!("'{command}' named '{word}', which is no host"))?;
+        let names = self.world.hosts().names();
+        let cut = shape::cut(partition, &names, seed, Some(&host))
+            .map_err(|problem| format!("{}: {}", problem.problem, problem.help))?;
+        Ok((host, cut))
+    }
+
+    async fn run(&self, run: &RunCommand, on: Option<&str>) -> Outcomes {
+        let deadline = Instant::now() + run.within.0;
+        loop {
+            let begun = Instant::now();
+            let mut stop = self.stop.clone();
+            let ended = tokio::select! {
+                biased;
+                _ = stop.wait_for(Option::is_some) => return Ok(Some("the run ended first".to_owned())),
+                ended = tokio::time::timeout_at(deadline, checks::command(&self.world, &run.command, on)) => ended,
+            };
+            let (success, how, said) = match ended {
+                Ok(Ok(ended)) => (ended.success, ended.how, checks::detail(&ended.said)),
+                Ok(Err(problem)) => return Err(problem),
+                Err(_) => (false, format!("not done within {}", run.within), None),
+            };
+            let wanted = match run.expect {
+                Outcome::Success => success,
+                Outcome::Failure => !success,
+                Outcome::Any => true,
+            };
+            if wanted {
+                return Ok(said);
+            }
+            let again = run.every.map(|every| begun + every.0);
+            match again {
+                Some(again) if again < deadline => {
+                    self.pause_for(again.saturating_duration_since(Instant::now()))
+                        .await;
+                }
+                _ => {
+                    let said = said.map_or_else(String::new, |said| format!(": {said}"));
+                    let was = match run.expect {
+                        Outcome::Failure => "it was to fail, and did not",
+                        _ => how.as_str(),
+                    };
+                    return Err(format!("'{}': {was}{said}", run.command));
+                }
+            }
+        }
+    }
+
+    async fn pause(&self, step: &Planned, which: &Processes) -> Outcomes {
+        let begun = Instant::now();
+        let paused = processes::pause(&self.world, &self.services, which).await?;
+        self.world.recorder.write(Event::Paused {
+            step: step.path.clone(),
+            what: plan::which(which),
+            processes: paused.count(),
+        });
+        self.locked().insert(step.path.clone(), (paused, begun));
+        let Some(lasts) = step.lasts else {
+            return Ok(None);
+        };
+        self.pause_for(lasts.saturating_sub(begun.elapsed())).await;
+        self.resume_where(|paused| paused == step.path)
+    }
+
+    /// Lets processes go on that these steps have paused.
+    pub(super) fn resume_where(&self, wanted: impl Fn(&str) -> bool) -> Outcomes {
+        let steps: Vec<String> = self
+            .locked()
+            .keys()
+            .filter(|step| wanted(step))
+            .cloned()
+            .collect();
+        let mut problems = Vec::new();
+        for step in steps {
+            let Some((paused, since)) = self.locked().remove(&step) else {
+                continue;
+            };
+            if let Err(problem) = processes::resume(&self.world, paused) {
+                problems.push(problem);
+            }
+            self.world.recorder.write(Event::Resumed {
+                step,
+                after: since.elapsed().as_secs_f64(),
+            });
+        }
+        if problems.is_empty() {
+            Ok(None)
+        } else {
+            Err(problems.join("; "))
+        }
+    }
+
+    async fn resume(&self, which: &Processes) -> Outcomes {
+        let found = processes::find(&self.world, &self.services, which).await?;
+        let steps: Vec<String> = self
+            .locked()
+            .iter()
+            .filter(|(_, (paused, _))| paused.is_of(&found))
+            .map(|(step, _)| step.clone())
+            .collect();
+        if steps.is_empty() {
+            return Err(format!("no step has paused {}", plan::which(which)));
+        }
+        self.resume_where(|step| steps.iter().any(|wanted| wanted == step))
+    }
+
+    async fn kill(&self, which: &Processes, signal: &str) -> Outcomes {
+        if let Some(service) = &which.service {
+            self.services.expect_end(service);
+        }
+        let found = processes::find(&self.world, &self.services, which).await?;
+        let count = processes::kill(&found, signal)?;
+        Ok(Some(format!("{count} processes")))
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, (Paused, Instant)>> {
+        self.paused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// When a step's turn comes.
+enum Due {
+    Now,
+    Never(String),
+    Stopped,
+}
+
+/// Whether a step is another one, or within it.
+fn is_within(step: &str, path: &str) -> bool {
+    step.strip_prefix(path)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '[']))
+}
+
+fn set(stages: &[watch::Sender<Stage>], index: usize, stage: Stage) {
+    if let Some(sender) = stages.get(index) {
+        sender.send_replace(stage);
+    }
+}
+
+async fn reached(stages: &[watch::Sender<Stage>], index: usize, stage: Stage) {
+    if let Some(sender) = stages.get(index) {
+        // The sender lives as long as we look at it.
+        let _ = sender.subscribe().wait_for(|now| *now >= stage).await;
+    }
+}
+
+/// Whatever becomes of a step's task, those that wait for its end are let go.
+struct EndsAtLast<'a>(&'a [watch::Sender<Stage>], usize);
+
+impl Drop for EndsAtLast<'_> {
+    fn drop(&mut self) {
+        set(self.0, self.1, Stage::Ended);
+    }
+}
