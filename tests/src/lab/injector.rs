@@ -218,6 +218,8 @@ pub struct LaneStats {
     pub dropped_packets: u64,
     /// Packets that its devices dropped.
     pub device_drops: u64,
+    /// Packets that its targets dropped as they arrived.
+    pub backlog_drops: u64,
 }
 
 /// What lanes lost on the way.
