@@ -336,6 +336,27 @@ fn ipv4(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 77, 0, number)
 }
 
+/// The addresses of node `number`, from 1, of every lab on this host.
+#[must_use]
+pub fn addresses(number: u8) -> Vec<IpAddr> {
+    let mut addresses = vec![IpAddr::V4(ipv4(number))];
+    if has_ipv6() {
+        addresses.push(IpAddr::V6(ipv6(number)));
+    }
+    addresses
+}
+
+/// Whether there is IPv6. It is absent where the kernel has none, or was told so when it was booted.
+fn has_ipv6() -> bool {
+    Path::new("/proc/sys/net/ipv6").is_dir()
+}
+
+/// The name of the namespace of a node ("n1", or "sw" for the switch).
+#[must_use]
+pub fn netns_name(lab: &str, node: &str) -> String {
+    format!("injector-{lab}-{node}")
+}
+
 /// The IPv6 address of node `number`, from 1: `fd77::N`, N written in decimal as in the IPv4 address.
 fn ipv6(number: u8) -> Ipv6Addr {
     let digits = u16::from(number / 10) << 4 | u16::from(number % 10);
@@ -347,8 +368,7 @@ impl Record {
         let node_names = (1..=nodes).map(|number| format!("n{number}"));
         Self {
             nodes,
-            // Absent where the kernel has none, or was told so when it was booted.
-            ipv6: Path::new("/proc/sys/net/ipv6").is_dir(),
+            ipv6: has_ipv6(),
             complete: false,
             hosts_file: dir.join(match name {
                 DEFAULT_NAME => "hosts".to_owned(),
@@ -357,7 +377,7 @@ impl Record {
             namespaces: std::iter::once(SWITCH.to_owned())
                 .chain(node_names)
                 .map(|node| Space {
-                    netns: format!("injector-{name}-{node}"),
+                    netns: netns_name(name, &node),
                     node,
                     id: None,
                 })
@@ -543,7 +563,7 @@ fn wire(record: &Record, name: &str) -> Result<(), LabError> {
     })?;
     for number in 1..=record.nodes {
         let (node, port) = (format!("n{number}"), format!("p{number}"));
-        let path = Path::new(RUN_DIR).join(format!("injector-{name}-{node}"));
+        let path = Path::new(RUN_DIR).join(netns_name(name, &node));
         let target = File::open(&path).map_err(|source| NetnsError::Open { path, source })?;
         at(&node, &|| {
             quiet_ipv6();

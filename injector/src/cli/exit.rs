@@ -30,6 +30,10 @@ pub enum Exit {
     NoEffect = 6,
     /// A name exists already, or does not exist.
     Name = 7,
+    /// `run`: the scenario failed, or did not fail as its file expects.
+    RunFailed = 8,
+    /// `run`: the run is void, and says nothing about the service.
+    RunVoid = 9,
     /// `exec` failed before its command ran.
     Exec = 125,
     /// `exec`: the command cannot be executed.
@@ -49,6 +53,8 @@ Exit codes:
   5    the kernel lacks a feature (see `injector check`)
   6    stats --expect-effect: a rule had no effect
   7    a rule of this name exists already, or none does
+  8    run: the scenario failed (or passed where its file expects it to fail)
+  9    run: void, it says nothing about the service (no steady state, interrupted, the injector's trouble)
   exec returns its command's code (128+N after signal N), 125 if the command was not run,
   126 if it cannot be executed, 127 if it was not found";
 

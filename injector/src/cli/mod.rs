@@ -14,13 +14,16 @@ mod events;
 mod exec;
 pub mod exit;
 mod heal;
+mod keeper;
 mod lab;
 mod list;
+mod live;
 mod output;
 mod partition;
 mod protect;
 mod report;
 mod rule_args;
+mod scenario;
 mod session;
 mod show;
 mod stats;
@@ -114,12 +117,16 @@ enum Command {
     Show(show::ShowArgs),
     Heal(heal::HealArgs),
     Exec(Box<exec::ExecArgs>),
+    Run(scenario::RunArgs),
+    Validate(scenario::ValidateArgs),
     Protect(protect::ProtectArgs),
     Events(events::EventsArgs),
     Check(check::CheckArgs),
     Lab(lab::LabArgs),
     Daemon(daemon::DaemonArgs),
     Down(down::DownArgs),
+    #[command(hide = true)]
+    Keeper(keeper::KeeperArgs),
     #[command(hide = true)]
     Completions(completions::CompletionsArgs),
     #[command(hide = true)]
@@ -200,6 +207,9 @@ impl Cli {
             Command::Show(args) => done(args.run(&session)),
             Command::Heal(args) => with(args.run(&session)),
             Command::Exec(args) => args.run(&session).map_err(before_command),
+            Command::Run(args) => with(args.run(&session)),
+            Command::Validate(args) => with(args.run(&session)),
+            Command::Keeper(_) => with(keeper::KeeperArgs::run(&session)),
             Command::Protect(args) => done(args.run(&session)),
             Command::Events(args) => done(args.run(&session)),
             Command::Check(_) => with(check::CheckArgs::run(session.output)),

@@ -181,7 +181,7 @@ pub(super) fn report(failure: &Failure, json: bool) {
 }
 
 /// Tones become escape sequences, which the stream drops where they are not wanted.
-fn coloured(text: &str) -> String {
+pub(super) fn coloured(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     let mut open: Option<Style> = None;
     for c in text.chars() {

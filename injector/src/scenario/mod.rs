@@ -12,6 +12,7 @@ pub mod nemesis;
 pub mod plan;
 pub mod play;
 pub mod record;
+pub mod report;
 pub mod shape;
 pub mod verdict;
 pub mod vocabulary;

@@ -22,7 +22,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{World, recorder::Recorder};
+use super::{World, keeper::Keeper, processes::Process, recorder::Recorder};
 use crate::scenario::{
     file::{Check, CommandLine, Http, Probe},
     names,
@@ -111,7 +111,7 @@ pub(super) async fn command(
         .process_group(0)
         .kill_on_drop(true);
     let mut child = command.spawn().map_err(|error| failed(&error))?;
-    let group = Group(child.id());
+    let group = Group::of(world, child.id());
     let (out, err) = (child.stdout.take(), child.stderr.take());
     let (out, err, status) = tokio::join!(read(out), read(err), child.wait());
     let status = status.map_err(|error| failed(&error))?;
@@ -124,23 +124,38 @@ pub(super) async fn command(
     })
 }
 
-/// A process group that is killed if it is dropped before its leader has ended.
-struct Group(Option<u32>);
+/// A process group that is killed if it is dropped before its leader has ended, by the keeper if this process is killed.
+struct Group {
+    leader: Option<Process>,
+    keeper: Arc<Keeper>,
+}
 
 impl Group {
+    fn of(world: &World, pid: Option<u32>) -> Self {
+        let leader = pid.and_then(Process::of);
+        if let Some(leader) = leader {
+            // Without a keeper there is one thing less that is certain; the run notices that at its end.
+            let _ = world.keeper.started(leader);
+        }
+        Self {
+            leader,
+            keeper: Arc::clone(&world.keeper),
+        }
+    }
+
     fn ended(mut self) {
-        self.0 = None;
+        if let Some(leader) = self.leader.take() {
+            let _ = self.keeper.ended(leader);
+        }
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        if let Some(pid) = self.0.and_then(|pid| i32::try_from(pid).ok()) {
+        if let Some(leader) = self.leader.take() {
             // The leader has not been waited for: its id, and the group's, are still its own.
-            let _ = nix::sys::signal::killpg(
-                nix::unistd::Pid::from_raw(pid),
-                nix::sys::signal::Signal::SIGKILL,
-            );
+            let _ = leader.kill_group();
+            let _ = self.keeper.ended(leader);
         }
     }
 }
@@ -423,7 +438,7 @@ fn start(world: &World, line: &CommandLine, on: Option<&str>) -> Result<Started,
         .process_group(0)
         .kill_on_drop(true);
     let mut child = command.spawn().map_err(|error| failed(&error))?;
-    let group = Group(child.id());
+    let group = Group::of(world, child.id());
     let lines = child
         .stdout
         .take()

@@ -73,6 +73,7 @@ impl Process {
     }
 
     /// Whether it stands still.
+    #[cfg(test)]
     #[must_use]
     pub(super) fn is_stopped(&self) -> bool {
         self.stat()
