@@ -894,7 +894,9 @@ impl<T> From<&Spanned<T>> for Place {
 
 /// Reads a scenario, YAML or JSON (which is YAML too). What it says is not yet checked: see [`super::plan`].
 pub fn read(path: &str, text: &str) -> Result<Scenario, FileError> {
-    serde_saphyr::from_str(text).map_err(|error| {
+    // By YAML 1.1 `y`, `no` and `off` are truth values; here they are names, as by YAML 1.2.
+    let options = serde_saphyr::options! { strict_booleans: true };
+    serde_saphyr::from_str_with_options(text, options).map_err(|error| {
         let at = error.location().map(|at| Place {
             line: at.line(),
             column: at.column(),
@@ -926,4 +928,93 @@ pub fn schema() -> Schema {
     let mut schema = schemars::schema_for!(Scenario);
     schema.insert("title".to_owned(), "injector scenario".into());
     schema
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn yaml_and_json_are_the_same() {
+        let yaml = "name: x\nsteps:\n  - at: 5s\n    run: echo hello\n  - run: [echo, hello]\n  - run: {command: 'false', expect: failure, within: 3s}\n";
+        let json = r#"{"name": "x", "steps": [{"at": "5s", "run": "echo hello"}, {"run": ["echo", "hello"]},
+            {"run": {"command": "false", "expect": "failure", "within": "3s"}}]}"#;
+        let steps = |text: &str| -> Vec<Step> {
+            read("f", text)
+                .unwrap()
+                .steps
+                .into_iter()
+                .map(|step| step.value)
+                .collect()
+        };
+        assert_eq!(steps(yaml), steps(json));
+        assert_eq!(steps(yaml)[0].at, Some(Period::secs(5)));
+        assert_eq!(
+            steps(yaml)[2].run.as_ref().unwrap().precisely().expect,
+            Outcome::Failure
+        );
+    }
+
+    #[test]
+    fn mistakes_have_their_places() {
+        for (text, line, column, words) in [
+            (
+                "name: x\nsteps:\n  - att: 5s\n",
+                3,
+                5,
+                "unknown field `att`",
+            ),
+            ("name: x\nsteps:\n  - at: 5\n", 3, 9, "5 has no unit"),
+            (
+                "name: x\nsteps:\n  - run: {commando: a}\n",
+                3,
+                11,
+                "commando",
+            ),
+            (
+                "name: x\nsteps:\n  - after: {step: a, of: middle}\n",
+                3,
+                26,
+                "middle",
+            ),
+            (
+                "name: x\nchecks:\n  - {name: c, kind: important}\n",
+                3,
+                21,
+                "important",
+            ),
+            ("name: x\nsteps: [\n", 2, 8, "bracket"),
+            ("steps: []\n", 1, 1, "missing field `name`"),
+        ] {
+            let error = read("f.yaml", text).unwrap_err();
+            let at = error.at.unwrap();
+            assert_eq!((at.line, at.column), (line, column), "{text}: {error:?}");
+            assert!(error.problem.contains(words), "{text}: {error:?}");
+            assert!(
+                error
+                    .to_string()
+                    .starts_with(&format!("f.yaml:{line}:{column}: "))
+            );
+            assert!(error.excerpt.is_some());
+        }
+    }
+
+    #[test]
+    fn the_schema_knows_every_field() {
+        let schema = serde_json::to_value(schema()).unwrap();
+        let step = &schema["$defs"]["Step"]["properties"];
+        for field in [
+            "at",
+            "for",
+            "loop",
+            "rule",
+            "nemesis",
+            "profile",
+            "partition",
+        ] {
+            assert!(step.get(field).is_some(), "{field}: {step}");
+        }
+        assert_eq!(schema["$defs"]["Step"]["additionalProperties"], false);
+        assert!(schema["$defs"]["RuleSpec"]["properties"]["peer_port"].is_object());
+    }
 }

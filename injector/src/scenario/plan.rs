@@ -1637,3 +1637,318 @@ pub fn hosts(scenario: &Scenario, nodes: &BTreeMap<String, Vec<IpNet>>) -> Resul
     }
     Ok(Hosts::new(all))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scenario::file;
+
+    /// Plans a scenario whose hosts are `a`, `b` and `c`, of which this is `selves`.
+    fn planned(text: &str, selves: &[&str], seed: u64) -> Result<Plan, Vec<FileError>> {
+        let scenario = file::read("test.yaml", text).map_err(|error| vec![error])?;
+        let hosts = hosts(&scenario, &BTreeMap::new()).unwrap();
+        let selves = selves
+            .iter()
+            .map(|name| {
+                let part = Part {
+                    netns: None,
+                    iface: scenario.targets.iface.clone(),
+                };
+                ((*name).to_owned(), part)
+            })
+            .collect();
+        plan("test.yaml", text, &scenario, seed, hosts, selves)
+    }
+
+    const HEAD: &str =
+        "name: t\nhosts: {a: 10.0.0.1, b: 10.0.0.2, c: 10.0.0.3}\ntargets: {iface: [eth0]}\n";
+
+    fn good(steps: &str, selves: &[&str]) -> Plan {
+        match planned(&format!("{HEAD}{steps}"), selves, 1) {
+            Ok(plan) => plan,
+            Err(errors) => panic!("{errors:#?}"),
+        }
+    }
+
+    fn rules(step: &Planned) -> &[RuleSpec] {
+        match &step.action {
+            Action::Rules { rules, .. } => rules,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn at(plan: &Plan) -> Vec<(String, f64, f64)> {
+        plan.timeline()
+            .into_iter()
+            .map(|entry| {
+                (
+                    entry.path,
+                    entry.begins.at.as_secs_f64(),
+                    entry.ends.at.as_secs_f64(),
+                )
+            })
+            .collect()
+    }
+
+    #[test]
+    fn steps_follow_each_other_unless_they_say_otherwise() {
+        let plan = good(
+            "steps:
+  - {wait: 2s}
+  - {name: x, rule: {peer: b, fault: {cut: true}}, for: 10s}
+  - {name: y, at: 5s, rule: {peer: c, fault: {cut: true}}, for: 1s}
+  - {after: {step: x, of: start, plus: 3s}, heal: x}
+  - {after: y, wait: 1s}
+  - parallel:
+      - {wait: 1s}
+      - {wait: 4s}
+  - loop: {times: 2, steps: [{wait: 1s}, {wait: 2s}]}
+",
+            &["a"],
+        );
+        let times: Vec<(&str, f64, f64)> = vec![
+            ("wait-1", 0.0, 2.0),
+            ("x", 2.0, 12.0),
+            ("y", 5.0, 6.0),
+            ("heal-4", 5.0, 5.0),
+            ("wait-5", 6.0, 7.0),
+            ("parallel-6", 7.0, 11.0),
+            ("parallel-6/wait-1", 7.0, 8.0),
+            ("parallel-6/wait-2", 7.0, 11.0),
+            ("loop-7", 11.0, 17.0),
+            ("loop-7[1]", 11.0, 14.0),
+            ("loop-7[1]/wait-1", 11.0, 12.0),
+            ("loop-7[1]/wait-2", 12.0, 14.0),
+            ("loop-7[2]", 14.0, 17.0),
+            ("loop-7[2]/wait-1", 14.0, 15.0),
+            ("loop-7[2]/wait-2", 15.0, 17.0),
+        ];
+        let found = at(&plan);
+        let found: Vec<(&str, f64, f64)> = found
+            .iter()
+            .map(|(path, from, to)| (path.as_str(), *from, *to))
+            .collect();
+        assert_eq!(found, times);
+    }
+
+    #[test]
+    fn every_host_does_its_part_of_the_same_partition() {
+        let steps = "steps:\n  - {name: p, partition: {shape: random_halves}}\n";
+        let links = |selves: &[&str]| -> BTreeSet<(String, String, String)> {
+            let plan = good(steps, selves);
+            let mut found = BTreeSet::new();
+            if let Action::Rules { rules, .. } = &plan.steps[0].action {
+                for rule in rules {
+                    let host = rule
+                        .name
+                        .clone()
+                        .unwrap()
+                        .split(':')
+                        .nth(2)
+                        .unwrap()
+                        .to_owned();
+                    for peer in &rule.peer {
+                        found.insert((host.clone(), peer.clone(), rule.direction.clone().unwrap()));
+                    }
+                }
+            }
+            found
+        };
+        // Host by host both directions are cut, all at once only what is sent: together the same links.
+        let each: BTreeSet<(String, String)> = ["a", "b", "c"]
+            .iter()
+            .flat_map(|host| links(&[host]))
+            .map(|(host, peer, direction)| {
+                assert_eq!(direction, "both");
+                (host, peer)
+            })
+            .collect();
+        let all: BTreeSet<(String, String)> = links(&["a", "b", "c"])
+            .into_iter()
+            .map(|(host, peer, direction)| {
+                assert_eq!(direction, "egress");
+                (host, peer)
+            })
+            .collect();
+        assert_eq!(each, all);
+        assert_eq!(all.len(), 4, "{all:?}");
+    }
+
+    #[test]
+    fn one_way_is_cut_where_it_leaves_and_where_it_arrives() {
+        let steps = "steps:\n  - partition: {shape: isolate, who: a, one_way: out}\n";
+        let plan = good(steps, &["a"]);
+        let [rule] = rules(&plan.steps[0]) else {
+            panic!()
+        };
+        assert_eq!(rule.direction.as_deref(), Some("egress"));
+        assert_eq!(rule.peer, ["10.0.0.2", "10.0.0.3"]);
+        let plan = good(steps, &["b"]);
+        let [rule] = rules(&plan.steps[0]) else {
+            panic!()
+        };
+        assert_eq!(rule.direction.as_deref(), Some("ingress"));
+        assert_eq!(rule.peer, ["10.0.0.1"]);
+    }
+
+    #[test]
+    fn who_is_not_meant_waits() {
+        let plan = good(
+            "steps:\n  - {on: b, rule: {peer: c, fault: {cut: true}}, for: 3s}\n  - {wait: 1s}\n",
+            &["a"],
+        );
+        assert!(matches!(plan.steps[0].action, Action::Others(_)));
+        assert_eq!(at(&plan)[1].1, 3.0);
+    }
+
+    #[test]
+    fn names_and_seeds_of_rules_depend_on_nothing_but_file_seed_and_host() {
+        let steps = "steps:\n  - {name: x, rule: {peer: b, fault: {loss: 1%}}}\n";
+        let one = rules(&good(steps, &["a"]).steps[0]).to_vec();
+        let again = rules(&good(steps, &["a"]).steps[0]).to_vec();
+        assert_eq!(one, again);
+        assert_eq!(one[0].peer, ["10.0.0.2"]);
+        assert_eq!(one[0].name.as_deref(), Some("t:x"));
+        let other = planned(&format!("{HEAD}{steps}"), &["a"], 2).unwrap();
+        assert_ne!(rules(&other.steps[0])[0].seed, one[0].seed);
+        let long = rule_name(&"x/".repeat(80));
+        assert!(check_name(&long).is_ok(), "{long}");
+        assert_ne!(long, rule_name(&"x/".repeat(81)));
+    }
+
+    #[test]
+    fn ramps_go_from_one_value_to_the_other() {
+        for (from, to, values) in [
+            ("0ms", "2s", ["0s", "1s", "2s"]),
+            ("0%", "5%", ["0.000000%", "2.500000%", "5.000000%"]),
+            (
+                "100mbit",
+                "1mbit",
+                ["100000000bit", "50500000bit", "1000000bit"],
+            ),
+            ("1500", "500", ["1500", "1000", "500"]),
+        ] {
+            assert_eq!(between(from, to, 3).unwrap(), values);
+        }
+        assert!(between("1s", "5%", 3).is_err());
+        let plan = good(
+            "steps:\n  - ramp: {rule: {peer: b}, field: delay, from: 1ms, to: 2s, over: 60s, steps: 4}\n",
+            &["a"],
+        );
+        let Action::Ramp { values, each, .. } = &plan.steps[0].action else {
+            panic!()
+        };
+        assert_eq!(*each, Duration::from_secs(15));
+        let delays: Vec<_> = values
+            .iter()
+            .map(|(_, rules)| rules[0].fault.delay.clone().unwrap())
+            .collect();
+        assert_eq!(delays.len(), 4);
+        assert_eq!((delays[0].as_str(), delays[3].as_str()), ("1ms", "2s"));
+    }
+
+    #[test]
+    fn a_choice_is_made_by_the_seed() {
+        let steps = format!(
+            "{HEAD}steps:\n  - choose:\n      - {{name: x, wait: 1s}}\n      - {{name: y, wait: 2s}}\n"
+        );
+        let chosen = |seed| {
+            let plan = planned(&steps, &["a"], seed).unwrap();
+            at(&plan)[1].0.clone()
+        };
+        let all: BTreeSet<String> = (0..40).map(chosen).collect();
+        assert_eq!(all.len(), 2);
+        assert_eq!(chosen(3), chosen(3));
+    }
+
+    #[test]
+    fn macros_are_spelt_out() {
+        let plan = good(
+            "steps:
+  - {name: w, profile: {name: lossy-wifi, peer: b}, for: 5s}
+  - {name: n, nemesis: {faults: [{partition: isolate}], over: 60s, gap: 2s}}
+",
+            &["a"],
+        );
+        let found = at(&plan);
+        assert_eq!(found[0], ("w".to_owned(), 0.0, 5.0));
+        assert_eq!(found[1].0, "w/rule-1");
+        assert!(
+            found.iter().any(|(path, ..)| path.ends_with("partition-2")),
+            "{found:?}"
+        );
+        let last = found.iter().map(|(_, _, to)| *to).fold(0.0, f64::max);
+        assert!((last - 65.0).abs() < 1e-6, "{last}");
+    }
+
+    #[test]
+    fn mistakes_are_all_found_with_their_places() {
+        let text = format!(
+            "{HEAD}steps:
+  - {{name: x, rule: {{peer: z, fault: {{cut: true}}}}}}
+  - {{rule: {{peer: b, fault: {{delay: 5}}}}}}
+  - {{wait: 1s, heal: all}}
+  - {{}}
+  - {{after: later, wait: 1s}}
+  - {{name: later, wait: 1s}}
+  - {{heal: later}}
+  - {{when: {{check: none, is: failing}}, wait: 1s}}
+  - {{pause: {{service: db}}}}
+  - {{partition: {{shape: isolate, who: z}}}}
+  - {{wait: 1s, for: 3s}}
+  - {{kill: {{pid: 7, signal: NONE}}}}
+  - {{loop: {{times: 0, steps: []}}}}
+  - {{rule: {{peer: b, name: mine, fault: {{cut: true}}}}}}
+checks:
+  - {{name: c, kind: safety}}
+  - {{name: c, kind: safety, tcp: 'z:1'}}
+  - {{name: d, kind: safety, http: {{url: 'https://a/'}}}}
+  - {{name: e, kind: safety, on: n1, command: 'true'}}
+"
+        );
+        let errors = planned(&text, &["a"], 1).unwrap_err();
+        let found: Vec<(u64, &str)> = errors
+            .iter()
+            .map(|error| (error.at.map_or(0, |at| at.line), error.problem.as_str()))
+            .collect();
+        let has = |line: u64, words: &str| {
+            assert!(
+                found
+                    .iter()
+                    .any(|(at, problem)| *at == line && problem.contains(words)),
+                "line {line}, '{words}': {found:#?}"
+            );
+        };
+        has(5, "there is no host 'z'; there are: a, b, c");
+        has(6, "delay");
+        has(7, "this one has heal, wait");
+        has(8, "this one has none");
+        has(9, "must stand before");
+        has(11, "is no fault");
+        has(12, "no check 'none'");
+        has(13, "no service 'db'");
+        has(14, "no host 'z'");
+        has(15, "'for' has no meaning");
+        has(16, "no signal");
+        has(17, "1 to 10000 times");
+        has(18, "'name' is the step's");
+        has(20, "exactly one of: command, tcp, http, stream");
+        has(21, "another check 'c'");
+        has(21, "no host 'z'");
+        has(22, "does not begin with http://");
+        has(23, "needs a lab");
+        assert!(errors[0].excerpt.as_ref().unwrap().contains('^'));
+    }
+
+    #[test]
+    fn a_file_that_grows_without_end_is_refused() {
+        let text = format!(
+            "{HEAD}steps:\n  - loop: {{times: 200, steps: [{{loop: {{times: 200, steps: [{{wait: 1s}}]}}}}]}}\n"
+        );
+        let errors = planned(&text, &["a"], 1).unwrap_err();
+        assert!(
+            errors[0].problem.contains("more than 10000 steps"),
+            "{errors:?}"
+        );
+    }
+}

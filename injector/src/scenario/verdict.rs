@@ -318,3 +318,271 @@ fn disagrees(rule: &RuleStats, realised: &Realised) -> Option<String> {
         Unit::Seconds => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::{
+        protocol::{RuleCounters, RuleState},
+        scenario::record::{Checked, FaultStarted, RunStarted},
+    };
+
+    fn record(t: f64, event: Event) -> Record {
+        Record {
+            t,
+            at: Timestamp::UNIX_EPOCH,
+            event,
+        }
+    }
+
+    fn rule(matched: u64, realised: Vec<Realised>, fault: &str) -> RuleStats {
+        RuleStats {
+            name: "r".into(),
+            group: None,
+            state: RuleState::Active,
+            fault: fault.into(),
+            asked: String::new(),
+            egress: RuleCounters {
+                matched_packets: matched,
+                ..RuleCounters::default()
+            },
+            ingress: RuleCounters::default(),
+            realised,
+        }
+    }
+
+    fn share(asked: f64, got: f64, packets: u64) -> Realised {
+        Realised {
+            fault: "loss".into(),
+            unit: Unit::Share,
+            asked,
+            realised: Some(got),
+            packets,
+            spread: None,
+        }
+    }
+
+    /// A run: steady at 1 s, a fault from 2 to 4 s, healed at 5 s; `answers` of the check, and its kind.
+    fn run(
+        kind: Kind,
+        answers: &[(f64, bool)],
+        rule: RuleStats,
+        expect: Expectation,
+    ) -> Vec<Record> {
+        let matched = rule.egress.matched_packets;
+        let mut records = vec![
+            record(
+                0.0,
+                Event::RunStarted(RunStarted {
+                    scenario: "s".into(),
+                    description: None,
+                    file: "f".into(),
+                    seed: 1,
+                    replay: String::new(),
+                    version: String::new(),
+                    kernel: String::new(),
+                    hosts: BTreeMap::new(),
+                    selves: Vec::new(),
+                    checks: vec![CheckInfo {
+                        name: "c".into(),
+                        kind,
+                        what: String::new(),
+                        recovers_within: 3.0,
+                        at_end: false,
+                    }],
+                    timeline: Vec::new(),
+                    expect,
+                }),
+            ),
+            record(1.0, Event::Steady { took: 1.0 }),
+            record(
+                2.0,
+                Event::FaultStarted(FaultStarted {
+                    step: "x".into(),
+                    what: String::new(),
+                    rules: Vec::new(),
+                    effect_ns: 0,
+                    expect_effect: true,
+                }),
+            ),
+            record(
+                4.0,
+                Event::FaultEnded(FaultEnded {
+                    step: "x".into(),
+                    rules: vec![rule],
+                    matched_packets: matched,
+                    realised: Vec::new(),
+                }),
+            ),
+            record(5.0, Event::Healed),
+        ];
+        records.extend(answers.iter().map(|&(t, ok)| {
+            record(
+                t,
+                Event::Checked(Checked {
+                    check: "c".into(),
+                    ok,
+                    asked: t,
+                    latency_ms: 1.0,
+                    detail: None,
+                }),
+            )
+        }));
+        records.sort_by(|one, other| one.t.total_cmp(&other.t));
+        records
+    }
+
+    fn verdict(kind: Kind, answers: &[(f64, bool)]) -> (Verdict, String) {
+        let ended = judge(&run(
+            kind,
+            answers,
+            rule(7, vec![], "cut"),
+            Expectation::Passed,
+        ));
+        (ended.verdict, ended.reasons.join("; "))
+    }
+
+    #[test]
+    fn safety_must_never_fail() {
+        assert_eq!(
+            verdict(Kind::Safety, &[(1.5, true), (6.0, true)]).0,
+            Verdict::Passed
+        );
+        let (found, why) = verdict(Kind::Safety, &[(1.5, true), (3.0, false), (6.0, true)]);
+        assert_eq!(found, Verdict::Failed);
+        assert!(why.contains("failed 1 of 3 times, first at 3.0 s"), "{why}");
+        // Before the steady state it may.
+        assert_eq!(
+            verdict(Kind::Safety, &[(0.5, false), (1.5, true)]).0,
+            Verdict::Passed
+        );
+        assert_eq!(verdict(Kind::Safety, &[(0.5, true)]).0, Verdict::Failed);
+    }
+
+    #[test]
+    fn liveness_must_come_back_in_time_and_stay() {
+        let passed = |answers| verdict(Kind::Liveness, answers).0;
+        assert_eq!(
+            passed(&[(1.5, true), (3.0, false), (6.0, true)]),
+            Verdict::Passed
+        );
+        assert_eq!(
+            passed(&[(3.0, false), (6.0, false), (7.9, true)]),
+            Verdict::Passed
+        );
+        for (answers, words) in [
+            (
+                &[(3.0, false), (8.1, true)][..],
+                "held again 3.1 s after healing",
+            ),
+            (&[(3.0, true), (6.0, false)], "did not hold again"),
+            (&[(6.0, true), (9.0, false)], "failed 4.0 s after healing"),
+        ] {
+            let (found, why) = verdict(Kind::Liveness, answers);
+            assert_eq!(found, Verdict::Failed);
+            assert!(why.contains(words), "{why}");
+        }
+        assert_eq!(verdict(Kind::Measure, &[(3.0, false)]).0, Verdict::Passed);
+    }
+
+    #[test]
+    fn faults_must_act_and_as_asked() {
+        let of = |rule| {
+            let ended = judge(&run(Kind::Measure, &[], rule, Expectation::Passed));
+            (ended.verdict, ended.reasons.join("; "))
+        };
+        let (found, why) = of(rule(0, vec![], "cut"));
+        assert_eq!(found, Verdict::Failed);
+        assert!(why.contains("did nothing"), "{why}");
+        // 1 % of 10,000 packets: six standard deviations are 0.6 %.
+        assert_eq!(
+            of(rule(9, vec![share(0.01, 0.0155, 10_000)], "loss 1 %")).0,
+            Verdict::Passed
+        );
+        let (found, why) = of(rule(9, vec![share(0.01, 0.0165, 10_000)], "loss 1 %"));
+        assert_eq!(found, Verdict::Failed);
+        assert!(why.contains("1.000 % was asked, 1.650 %"), "{why}");
+        // Bursts vary more.
+        assert_eq!(
+            of(rule(9, vec![share(0.01, 0.0165, 10_000)], "loss gemodel")).0,
+            Verdict::Passed
+        );
+        let delay = |got| Realised {
+            fault: "delay".into(),
+            unit: Unit::Seconds,
+            ..share(0.05, got, 1000)
+        };
+        assert_eq!(of(rule(9, vec![delay(0.054)], "delay")).0, Verdict::Passed);
+        assert_eq!(of(rule(9, vec![delay(0.06)], "delay")).0, Verdict::Failed);
+        let rate = |got| Realised {
+            fault: "rate".into(),
+            unit: Unit::BitsPerSecond,
+            ..share(1e7, got, 1000)
+        };
+        assert_eq!(of(rule(9, vec![rate(9.8e6)], "rate")).0, Verdict::Passed);
+        assert_eq!(of(rule(9, vec![rate(9.0e6)], "rate")).0, Verdict::Failed);
+        let mut lapsed = rule(9, vec![], "cut");
+        lapsed.egress.lapsed_packets = 1;
+        assert_eq!(of(lapsed).0, Verdict::Void);
+    }
+
+    #[test]
+    fn runs_that_say_nothing_are_void() {
+        let good = || {
+            run(
+                Kind::Measure,
+                &[],
+                rule(1, vec![], "cut"),
+                Expectation::Passed,
+            )
+        };
+        for event in [
+            Event::Interrupted {
+                signal: "SIGINT".into(),
+            },
+            Event::Trouble { text: "x".into() },
+            Event::NotSteady {
+                checks: vec!["c".into()],
+            },
+        ] {
+            let mut records = good();
+            records.push(record(6.0, event));
+            assert_eq!(judge(&records).verdict, Verdict::Void);
+        }
+        let mut records = good();
+        records.retain(|record| record.event != Event::Healed);
+        assert_eq!(judge(&records).verdict, Verdict::Void);
+        let mut records = good();
+        records.retain(|record| !matches!(record.event, Event::FaultEnded(_)));
+        assert_eq!(judge(&records).verdict, Verdict::Void);
+    }
+
+    #[test]
+    fn a_failure_can_be_expected() {
+        let failing = [(1.5, true), (3.0, false)];
+        let of = |answers: &[(f64, bool)]| {
+            judge(&run(
+                Kind::Safety,
+                answers,
+                rule(1, vec![], "cut"),
+                Expectation::Failed,
+            ))
+        };
+        assert!(of(&failing).as_expected);
+        assert_eq!(of(&failing).verdict, Verdict::Failed);
+        let passed = of(&[(1.5, true)]);
+        assert!(!passed.as_expected);
+        assert_eq!(passed.verdict, Verdict::Passed);
+        assert!(passed.reasons[0].contains("expected to fail"));
+        let mut void = run(
+            Kind::Safety,
+            &failing,
+            rule(1, vec![], "cut"),
+            Expectation::Failed,
+        );
+        void.push(record(6.0, Event::Trouble { text: "x".into() }));
+        assert!(!judge(&void).as_expected);
+    }
+}
