@@ -29,6 +29,9 @@ pub(crate) const TOOLS: [(&str, &str); 9] = [
     ("nft", "nftables"),
 ];
 
+/// What looks at reports as a person would; too large to be put into virtual machines.
+const BROWSER: [(&str, &str); 1] = [("chromium", "chromium")];
+
 /// Something that a verb cannot do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Need {
@@ -197,7 +200,8 @@ fn clippy(apt: &mut Apt, toolchain: &Toolchain) -> Result<()> {
 
 /// Installs the network tools that are missing.
 fn tools(apt: &mut Apt) -> Result<()> {
-    install(apt, &TOOLS, "tests call them")
+    install(apt, &TOOLS, "tests call them")?;
+    install(apt, &BROWSER, "a test opens reports in it")
 }
 
 /// Installs the packages of those programs that are missing.

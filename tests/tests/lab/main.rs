@@ -16,6 +16,7 @@ mod mtu;
 mod positions;
 mod redis;
 mod reject;
+mod scenario;
 mod selectors;
 mod share;
 mod silence;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
     // The slowest first, so that none is alone at the end.
     let mut trials = Vec::new();
     for tests in [
+        scenario::tests,
         crash::tests,
         etcd::tests,
         redis::tests,

@@ -44,7 +44,8 @@ type Failed = DrawingAreaErrorKind<std::io::Error>;
 /// A line of a plot.
 pub(super) struct Line {
     pub(super) name: String,
-    pub(super) points: Vec<(f64, f64)>,
+    /// Points that are joined, in parts that are not.
+    pub(super) parts: Vec<Vec<(f64, f64)>>,
     /// Points that are marked as failures.
     pub(super) failures: Vec<(f64, f64)>,
 }
@@ -68,7 +69,7 @@ fn draw(
 ) -> Result<(), Failed> {
     let top = lines
         .iter()
-        .flat_map(|line| line.points.iter().chain(&line.failures))
+        .flat_map(|line| line.parts.iter().flatten().chain(&line.failures))
         .map(|(_, value)| *value)
         .fold(0.0_f64, f64::max);
     let top = if top > 0.0 { top * 1.08 } else { 1.0 };
@@ -103,14 +104,17 @@ fn draw(
         }
     }
     for (line, hue) in lines.iter().zip(HUES.iter().cycle()) {
-        let points = thinned(&line.points);
-        // A line through a single point is not seen.
-        if let [point] = points.as_slice() {
-            chart.draw_series([Circle::new(*point, 2, hue.filled())])?;
+        let all: usize = line.parts.iter().map(Vec::len).sum();
+        for part in &line.parts {
+            let points = thinned(part, all);
+            // A line through a single point is not seen.
+            if let [point] = points.as_slice() {
+                chart.draw_series([Circle::new(*point, 2, hue.filled())])?;
+            }
+            chart.draw_series(LineSeries::new(points, hue.stroke_width(2)))?;
         }
-        chart.draw_series(LineSeries::new(points, hue.stroke_width(2)))?;
         chart.draw_series(
-            thinned(&line.failures)
+            thinned(&line.failures, line.failures.len())
                 .into_iter()
                 .map(|point| Cross::new(point, 4, BAD.stroke_width(2))),
         )?;
@@ -128,12 +132,12 @@ fn short(value: f64) -> String {
     }
 }
 
-/// At most so many points as can be told apart: of each stretch of time its lowest and its highest.
-fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    if points.len() <= MOST_POINTS {
+/// Of a line of `all` points at most so many as can be told apart: of each stretch the lowest and the highest.
+fn thinned(points: &[(f64, f64)], all: usize) -> Vec<(f64, f64)> {
+    if all <= MOST_POINTS {
         return points.to_vec();
     }
-    let stretch = points.len().div_ceil(MOST_POINTS / 2);
+    let stretch = all.div_ceil(MOST_POINTS / 2);
     points
         .chunks(stretch)
         .flat_map(|chunk| {
@@ -155,11 +159,11 @@ mod tests {
     fn peaks_survive_thinning() {
         let mut points: Vec<(f64, f64)> = (0..100_000).map(|n| (f64::from(n), 1.0)).collect();
         points[54_321].1 = 99.0;
-        let thin = thinned(&points);
+        let thin = thinned(&points, points.len());
         assert!(thin.len() <= MOST_POINTS);
         assert!(thin.contains(&(54_321.0, 99.0)));
         assert!(thin.windows(2).all(|two| two[0].0 <= two[1].0));
-        assert_eq!(thinned(&points[..10]), points[..10]);
+        assert_eq!(thinned(&points[..10], 10), points[..10]);
     }
 
     #[test]
