@@ -24,6 +24,7 @@ mod vm;
 mod workspace;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -119,8 +120,19 @@ struct VmRunArgs {
     /// End it after so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u64,
+    /// Play this scenario instead of a command, and bring its reports out
+    #[arg(long, value_name = "FILE")]
+    scenario: Option<PathBuf>,
+    /// With --scenario: where the reports go [default: injector-report/NAME]
+    #[arg(long, value_name = "DIR", requires = "scenario")]
+    report: Option<PathBuf>,
     /// The command, after `--`
-    #[arg(last = true, required = true, value_name = "COMMAND")]
+    #[arg(
+        last = true,
+        required_unless_present = "scenario",
+        conflicts_with = "scenario",
+        value_name = "COMMAND"
+    )]
     command: Vec<OsString>,
 }
 
@@ -229,12 +241,16 @@ fn main() -> ExitCode {
                 program: arguments.program,
             });
         }
-        Verb::Vm(VmVerb::Run(arguments)) => run::machine(
-            &arguments.machine.kernel,
-            arguments.machine.memory,
-            Duration::from_secs(arguments.timeout),
-            &arguments.command,
-        ),
+        Verb::Vm(VmVerb::Run(arguments)) => {
+            let (kernel, memory) = (&arguments.machine.kernel, arguments.machine.memory);
+            let timeout = Duration::from_secs(arguments.timeout);
+            match &arguments.scenario {
+                Some(file) => {
+                    run::scenario(kernel, memory, timeout, file, arguments.report.as_deref())
+                }
+                None => run::machine(kernel, memory, timeout, &arguments.command),
+            }
+        }
         Verb::Vm(VmVerb::Shell(arguments)) => {
             run::machine(&arguments.kernel, arguments.memory, Duration::MAX, &[])
         }

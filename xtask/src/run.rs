@@ -1,9 +1,10 @@
 //! Running what was built: `load`, `lab`, `bench` and `demo`.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::fs;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -96,6 +97,7 @@ pub(crate) fn bench_in_machine(line: &Line, only: Option<&str>, json: bool) -> R
         command,
         folder: PathBuf::from("/root"),
         environment: vec![],
+        files: vec![],
         back: Some(PathBuf::from(DOCUMENT)),
         interactive: false,
     };
@@ -191,6 +193,81 @@ pub(crate) fn machine(
         Profile::Dev,
     )?;
     let code = vm::run(&setup, &built, line, memory, deadline, command)?;
+    Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// `cargo xtask vm run --scenario`: plays a scenario on a kernel, and leaves its reports in `reports`.
+pub(crate) fn scenario(
+    line: &Line,
+    memory: u32,
+    deadline: Duration,
+    file: &Path,
+    reports: Option<&Path>,
+) -> Result<ExitCode> {
+    const FILE: &str = "/root/scenario.yaml";
+    const REPORTS: &str = "/run/report";
+    const LOG: &str = "/run/report/run.jsonl";
+    /// The services are not where a shell would look for them.
+    const SCRIPT: &str = "export PATH=\"$(echo $INJECTOR_SERVICES/usr/lib/postgresql/*/bin):\
+                          $INJECTOR_SERVICES/usr/bin:$INJECTOR_SERVICES/usr/sbin:$PATH\" \
+                          LD_LIBRARY_PATH=\"$INJECTOR_SERVICES_LIB\"; exec \"$@\"";
+    let (setup, built) = prepare(
+        &[Need::Ebpf, Need::Services, Need::Tools, Need::Machine],
+        Profile::Dev,
+    )?;
+    let injector = built.binary("injector")?;
+    // Mistakes are found before a machine is started, and named by the file's own name.
+    let status = Command::new(injector)
+        .arg("validate")
+        .arg(file)
+        .status()
+        .context("looking at the scenario")?;
+    if !status.success() {
+        return Ok(ExitCode::from(2));
+    }
+    let kernel = vm::kernel(line)?;
+    let command = [
+        OsStr::new("/bin/sh"),
+        OsStr::new("-c"),
+        OsStr::new(SCRIPT),
+        OsStr::new("sh"),
+        injector.as_os_str(),
+        OsStr::new("run"),
+        OsStr::new(FILE),
+        OsStr::new("--report"),
+        OsStr::new(REPORTS),
+    ];
+    let machine = Machine {
+        kernel: &kernel,
+        memory,
+        deadline,
+        command: command.map(OsStr::to_owned).to_vec(),
+        folder: PathBuf::from("/root"),
+        environment: vec![],
+        files: vec![(PathBuf::from(FILE), file.to_owned())],
+        back: Some(PathBuf::from(LOG)),
+        interactive: false,
+    };
+    eprintln!("kernel {} ({})", kernel.line, kernel.version);
+    let ended = machine.run(&setup, &built, &[], |line| println!("{line}"))?;
+    let code = ended.verdict(&kernel)?;
+    if let Some(log) = ended.back.filter(|log| !log.is_empty()) {
+        let name = file.file_stem().unwrap_or(OsStr::new("scenario"));
+        let folder =
+            reports.map_or_else(|| Path::new("injector-report").join(name), Path::to_owned);
+        fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        let path = folder.join("run.jsonl");
+        fs::write(&path, log).with_context(|| format!("writing {}", path.display()))?;
+        let made = Command::new(injector)
+            .args(["--json", "report"])
+            .arg(&path)
+            .stdout(Stdio::null())
+            .status()
+            .context("making the reports")?;
+        if made.success() {
+            println!("reports: {}", folder.display());
+        }
+    }
     Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 

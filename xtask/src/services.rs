@@ -19,22 +19,50 @@ use crate::packages::{self, Apt};
 use crate::process;
 
 /// The packages that are unpacked. Libraries that the host lacks are added to them.
-const PACKAGES: [&str; 5] = [
+const PACKAGES: [&str; 8] = [
     "etcd-server",
     "etcd-client",
     "redis-server",
     "redis-tools",
     "iperf3",
+    "chrony",
+    "nginx",
+    "postgresql",
 ];
 
+/// Packages whose names have a version in them, by how they begin; they are dependencies of others.
+const VERSIONED: [&str; 2] = ["postgresql-", "postgresql-client-"];
+
 /// The programs that must work afterwards, below the folder.
-pub(crate) const PROGRAMS: [&str; 5] = [
+pub(crate) const PROGRAMS: [&str; 8] = [
     "usr/bin/etcd",
     "usr/bin/etcdctl",
     "usr/bin/redis-server",
     "usr/bin/redis-cli",
     "usr/bin/iperf3",
+    "usr/bin/chronyc",
+    "usr/sbin/chronyd",
+    "usr/sbin/nginx",
 ];
+
+/// Programs of PostgreSQL, in a folder with its version.
+const POSTGRESQL: [&str; 5] = ["postgres", "initdb", "pg_basebackup", "pg_ctl", "psql"];
+
+/// All programs that are there, below the folder.
+pub(crate) fn programs(root: &Path) -> Vec<PathBuf> {
+    let versions = fs::read_dir(root.join("usr/lib/postgresql"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut found: Vec<PathBuf> = PROGRAMS.iter().map(PathBuf::from).collect();
+    for version in versions {
+        let bin = Path::new("usr/lib/postgresql")
+            .join(version.file_name())
+            .join("bin");
+        found.extend(POSTGRESQL.iter().map(|program| bin.join(program)));
+    }
+    found
+}
 
 /// The file that says what the folder holds; written last.
 const CONTENTS: &str = "contents.json";
@@ -102,8 +130,13 @@ pub(crate) fn ensure(cache: &Cache, apt: &mut Apt) -> Result<Services> {
     let debs = partial.join("packages");
     fs::create_dir_all(&debs).with_context(|| format!("making {}", debs.display()))?;
     let mut unpacked = fetch(apt, &PACKAGES.map(str::to_owned), &debs, &partial)?;
+    add_versioned(apt, &debs, &partial, &mut unpacked)?;
     add_libraries(apt, &debs, &partial, &mut unpacked)?;
     remove(&debs)?;
+    // Nobody reads it, and it would be carried into every virtual machine.
+    for folder in ["doc", "locale", "man"] {
+        remove(&partial.join("usr/share").join(folder))?;
+    }
     let contents = Contents {
         asked: PACKAGES.map(str::to_owned).to_vec(),
         unpacked: unpacked.iter().map(|deb| file_name(deb)).collect(),
@@ -122,8 +155,10 @@ fn is_complete(root: &Path) -> bool {
     let contents: Option<Contents> = fs::read(root.join(CONTENTS))
         .ok()
         .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let programs = programs(root);
     contents.is_some_and(|contents| contents.asked == PACKAGES)
-        && PROGRAMS.iter().all(|program| root.join(program).exists())
+        && programs.len() > PROGRAMS.len()
+        && programs.iter().all(|program| root.join(program).exists())
 }
 
 /// Fetches and unpacks packages, and returns their files.
@@ -133,6 +168,39 @@ fn fetch(apt: &mut Apt, names: &[String], debs: &Path, root: &Path) -> Result<BT
         packages::unpack(deb, root)?;
     }
     Ok(files)
+}
+
+/// Unpacks the packages that have a version in their names.
+fn add_versioned(
+    apt: &mut Apt,
+    debs: &Path,
+    root: &Path,
+    unpacked: &mut BTreeSet<PathBuf>,
+) -> Result<()> {
+    // A round finds what the round before has brought: the server is a dependency of `postgresql`, its client one of
+    // the server.
+    for _ in VERSIONED {
+        let mut next = Vec::new();
+        for deb in unpacked.iter() {
+            for name in packages::dependencies(&packages::field(deb, "Depends")?) {
+                let versioned = VERSIONED.iter().any(|begin| {
+                    name.strip_prefix(begin).is_some_and(|rest| {
+                        !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit())
+                    })
+                });
+                let there = unpacked
+                    .iter()
+                    .any(|deb| file_name(deb).starts_with(&format!("{name}_")));
+                if versioned && !there && !next.contains(&name) {
+                    next.push(name);
+                }
+            }
+        }
+        if !next.is_empty() {
+            unpacked.extend(fetch(apt, &next, debs, root)?);
+        }
+    }
+    Ok(())
 }
 
 /// Unpacks the libraries that the programs need and the host lacks: those among the dependencies of
@@ -171,10 +239,14 @@ fn add_libraries(
 /// The shared libraries that the programs ask for and that neither the host nor the folder has.
 fn missing_libraries(root: &Path) -> Result<BTreeSet<String>> {
     let mut missing = BTreeSet::new();
-    for program in PROGRAMS {
-        let path = root.join(program);
+    for program in programs(root) {
+        let path = root.join(&program);
         if !path.exists() {
-            bail!("the packages {} brought no {program}", PACKAGES.join(", "));
+            bail!(
+                "the packages {} brought no {}",
+                PACKAGES.join(", "),
+                program.display()
+            );
         }
         let output = process::output(
             Command::new("ldd")

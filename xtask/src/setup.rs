@@ -17,7 +17,7 @@ use crate::workspace;
 
 /// Programs that tests call, and the packages that carry them. None of the packages starts
 /// anything when it is installed.
-pub(crate) const TOOLS: [(&str, &str); 9] = [
+pub(crate) const TOOLS: [(&str, &str); 10] = [
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("ss", "iproute2"),
@@ -27,6 +27,7 @@ pub(crate) const TOOLS: [(&str, &str); 9] = [
     ("tcpdump", "tcpdump"),
     ("socat", "socat"),
     ("nft", "nftables"),
+    ("curl", "curl"),
 ];
 
 /// What looks at reports as a person would; too large to be put into virtual machines.

@@ -144,7 +144,7 @@ fn tiers(options: &Options, total: &mut Outcome, times: &mut Vec<Row>) -> Result
             Tier::Unit => unit(&built, options),
             Tier::Lint => lint::run(&setup),
             Tier::Vm => Ok(machines(&setup, &built, options)),
-            Tier::Program => privileged(tier.name(), &setup, &built, options),
+            Tier::Program => privileged(tier.name(), &setup, &built, options, &[]),
             Tier::Lab => lab(&setup, &built, options),
         };
         let outcome = outcome.unwrap_or_else(|error| {
@@ -236,14 +236,22 @@ fn is_privileged(executable: &Executable) -> bool {
 
 /// The tier of network namespaces; where this kernel can have lanes, their tests run here too.
 fn lab(setup: &Setup, built: &Built, options: &Options) -> Result<Outcome> {
-    let mut outcome = privileged(Tier::Lab.name(), setup, built, options)?;
+    let mut outcome = privileged(Tier::Lab.name(), setup, built, options, &[])?;
     if Privilege::find() == Privilege::None {
         return Ok(outcome);
     }
     let lacking = run::lacking_for_lanes(setup, built)?;
+    println!("\n{SCENARIOS}");
+    let without_lanes = ["--skip", "lane::"];
+    let skipped = if lacking.is_empty() {
+        &[][..]
+    } else {
+        &without_lanes
+    };
+    outcome.add(privileged(SCENARIOS, setup, built, options, skipped)?);
     if lacking.is_empty() {
         println!("\n{LANE}");
-        outcome.add(privileged(LANE, setup, built, options)?);
+        outcome.add(privileged(LANE, setup, built, options, &[])?);
     } else {
         println!(
             "\n{LANE}: this kernel has no {}: these tests run in virtual machines (tier {})",
@@ -255,7 +263,13 @@ fn lab(setup: &Setup, built: &Built, options: &Options) -> Result<Outcome> {
 }
 
 /// A test program that runs as root: an integration test in the package of end-to-end tests.
-fn privileged(name: &str, setup: &Setup, built: &Built, options: &Options) -> Result<Outcome> {
+fn privileged(
+    name: &str,
+    setup: &Setup,
+    built: &Built,
+    options: &Options,
+    more: &[&str],
+) -> Result<Outcome> {
     let executable = built
         .tests()
         .find(|one| is_privileged(one) && one.name == name)
@@ -291,16 +305,18 @@ fn privileged(name: &str, setup: &Setup, built: &Built, options: &Options) -> Re
     command
         .current_dir(&executable.package)
         .args(PLAIN)
+        .args(more)
         .args(&options.filter);
     watch(&mut command, name, Some(&skips))
 }
 
 /// What runs on which kernel. The proof is on the oldest and on the newest; in between it is enough to see that
 /// everything loads and works at all, unless everything is asked for.
-const ON_KERNELS: [(&str, &str, Option<&str>); 5] = [
+const ON_KERNELS: [(&str, &str, Option<&str>); 6] = [
     ("6.1", LANE, None),
     ("newest", LANE, None),
     ("6.1", "program", Some("kernel")),
+    ("6.1", SCENARIOS, Some("lane::")),
     ("newest", "program", Some("kernel")),
     ("6.12", LANE, Some("smoke")),
 ];
@@ -311,8 +327,11 @@ const ALL_KERNELS: [&str; 4] = ["6.1", "6.12", "6.18", "newest"];
 /// The test program of what needs lanes.
 const LANE: &str = "lane";
 
+/// The test program of the library of scenarios.
+const SCENARIOS: &str = "scenarios";
+
 /// Test programs that run in virtual machines.
-pub(crate) const IN_MACHINES: [&str; 3] = [LANE, "program", "lab"];
+pub(crate) const IN_MACHINES: [&str; 4] = [LANE, "program", SCENARIOS, "lab"];
 
 /// How long one test program may take in emulation.
 const MACHINE_DEADLINE: Duration = Duration::from_mins(40);
@@ -483,6 +502,7 @@ impl Guest<'_> {
             command,
             folder: self.executable.package.clone(),
             environment,
+            files: vec![],
             back: Some(skips),
             interactive: false,
         };

@@ -27,10 +27,53 @@ use crate::setup::{Setup, TOOLS};
 use crate::workspace;
 
 /// Programs of the host that tests, or somebody at the console, call.
-const PROGRAMS: [&str; 36] = [
-    "awk", "basename", "bash", "cat", "chmod", "cp", "cut", "date", "dd", "dmesg", "env", "false",
-    "grep", "head", "id", "kill", "ls", "mkdir", "mount", "mv", "nsenter", "ps", "rm", "sed", "sh",
-    "sleep", "sort", "stat", "sysctl", "tail", "timeout", "touch", "tr", "true", "umount", "uname",
+const PROGRAMS: [&str; 46] = [
+    "awk",
+    "basename",
+    "bash",
+    "cat",
+    "chmod",
+    "cmp",
+    "cp",
+    "cut",
+    "date",
+    "dd",
+    "dmesg",
+    "env",
+    "false",
+    "getent",
+    "grep",
+    "head",
+    "id",
+    "kill",
+    "ls",
+    "mkdir",
+    "mount",
+    "mv",
+    "nsenter",
+    "pgrep",
+    "ps",
+    "rm",
+    "sed",
+    "seq",
+    "sh",
+    "sha256sum",
+    "sleep",
+    "sort",
+    "stat",
+    "sysctl",
+    "tail",
+    "tee",
+    "timeout",
+    "touch",
+    "tr",
+    "true",
+    "umount",
+    "uname",
+    "uniq",
+    "wc",
+    "whoami",
+    "xargs",
 ];
 
 /// What the host's PATH may lack and programs are in all the same.
@@ -73,6 +116,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) folder: PathBuf,
     /// More environment than programs that run as root get.
     pub(crate) environment: Vec<(&'static str, OsString)>,
+    /// Files to put into it: their names there, and here.
+    pub(crate) files: Vec<(PathBuf, PathBuf)>,
     /// A file that comes back afterwards.
     pub(crate) back: Option<PathBuf>,
     /// Whether the caller's terminal becomes the machine's console.
@@ -329,7 +374,7 @@ impl Machine<'_> {
         }
         if let Some(services) = setup.services() {
             image.tree(&services.root)?;
-            for program in crate::services::PROGRAMS {
+            for program in crate::services::programs(&services.root) {
                 image.program(&services.root.join(program), &libraries)?;
             }
         }
@@ -344,9 +389,13 @@ impl Machine<'_> {
         image.link(Path::new("/init"), init);
         image.file(
             Path::new("/etc/passwd"),
-            b"root:x:0:0:root:/root:/bin/bash\n".to_vec(),
+            b"root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/false\n".to_vec(),
             0o644,
         );
+        for (name, path) in &self.files {
+            let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+            image.file(name, bytes, 0o644);
+        }
         image.file(
             Path::new("/etc/hosts"),
             b"127.0.0.1 localhost\n".to_vec(),
@@ -472,6 +521,7 @@ pub(crate) fn run(
         command,
         folder: PathBuf::from("/root"),
         environment: vec![],
+        files: vec![],
         back: None,
         interactive,
     };

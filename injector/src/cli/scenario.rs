@@ -80,8 +80,50 @@ pub(super) struct ValidateArgs {
     schema: bool,
 }
 
+/// Make the reports of a run from its log
+///
+/// Also of a run that was killed: what its log has is reported.
+#[derive(Debug, Args)]
+pub(super) struct ReportArgs {
+    /// The log, run.jsonl
+    log: PathBuf,
+    /// Where the reports go [default: beside the log]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+impl ReportArgs {
+    /// Runs the command.
+    pub(super) fn run(&self, session: &Session) -> Result<Exit, Failure> {
+        let (shown, content) = read_file(&self.log)?;
+        let records = report::read_log(&content).map_err(|error| {
+            Failure::usage(format!("{shown} is not the log of a run"))
+                .caused_by(&error)
+                .help("it is the run.jsonl that `injector run` writes")
+        })?;
+        let dir = match &self.dir {
+            Some(dir) => dir.clone(),
+            None => self.log.parent().map(Path::to_owned).unwrap_or_default(),
+        };
+        let failed = |error: io::Error| {
+            Failure::new(
+                Exit::Failed,
+                "report",
+                format!("writing the reports into {}", dir.display()),
+            )
+            .caused_by(&error)
+        };
+        fs::create_dir_all(&dir).map_err(failed)?;
+        let files = report::write(&records, &dir).map_err(failed)?;
+        session.output.either(&json!({ "reports": files }), || {
+            report::text(session.output.terminal, &records, &files)
+        })?;
+        Ok(Exit::Success)
+    }
+}
+
 /// A scenario that was read and planned.
-struct Read_ {
+struct Planned {
     scenario: Scenario,
     plan: Plan,
     shown: String,
@@ -143,6 +185,7 @@ fn shown_error(error: &FileError) -> String {
     text
 }
 
+/// A file's name as the user gave it, and what is in it.
 fn read_file(path: &Path) -> Result<(String, String), Failure> {
     let shown = path.display().to_string();
     let content = if path.as_os_str() == "-" {
@@ -153,7 +196,7 @@ fn read_file(path: &Path) -> Result<(String, String), Failure> {
     };
     content
         .map(|content| (shown.clone(), content))
-        .map_err(|error| Failure::usage(format!("reading the scenario {shown}")).caused_by(&error))
+        .map_err(|error| Failure::usage(format!("reading {shown}")).caused_by(&error))
 }
 
 /// Reads and plans a scenario. Without `selves` the part of every host is planned: all of the file is looked at.
@@ -162,7 +205,7 @@ fn read(
     content: &str,
     seed: Option<u64>,
     selves: Option<(&[String], &str)>,
-) -> Result<Read_, Vec<FileError>> {
+) -> Result<Planned, Vec<FileError>> {
     let scenario = file::read(shown, content).map_err(|error| vec![error])?;
     let wrong = |problem: String| {
         vec![FileError {
@@ -223,7 +266,7 @@ fn read(
     }
     let seed = seed.or(scenario.seed).unwrap_or_else(draw_seed);
     let plan = plan::plan(shown, content, &scenario, seed, hosts, parts)?;
-    Ok(Read_ {
+    Ok(Planned {
         scenario,
         plan,
         shown: shown.to_owned(),
@@ -305,7 +348,7 @@ impl RunArgs {
         self.play(session, read, lab_name)
     }
 
-    fn play(&self, session: &Session, read: Read_, lab_name: String) -> Result<Exit, Failure> {
+    fn play(&self, session: &Session, read: Planned, lab_name: String) -> Result<Exit, Failure> {
         let dir = match (&self.report, &read.scenario.report.dir) {
             (Some(dir), _) => dir.clone(),
             (None, Some(dir)) => PathBuf::from(dir),
@@ -419,7 +462,7 @@ fn stops() -> io::Result<play::Stop> {
     Ok(receiver)
 }
 
-fn timeline(session: &Session, read: &Read_) -> Result<(), Failure> {
+fn timeline(session: &Session, read: &Planned) -> Result<(), Failure> {
     let entries = read.plan.timeline();
     session.output.either(
         &json!({

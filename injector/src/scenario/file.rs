@@ -536,6 +536,17 @@ pub enum Outcome {
     Any,
 }
 
+/// A command that names somebody, such as the current leader.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Asked {
+    /// The command.
+    pub command: CommandLine,
+    /// The node of a lab in which it is run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on: Option<String>,
+}
+
 /// Which processes: exactly one of these.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -543,6 +554,9 @@ pub struct Processes {
     /// A service of the lab, with all its processes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
+    /// Whoever a command names, by its first word: a service, the services of a node, or a process id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<Asked>,
     /// A process id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
@@ -567,6 +581,9 @@ pub struct Kill {
     /// See [`Processes::service`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
+    /// See [`Processes::asked`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<Asked>,
     /// See [`Processes::pid`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
@@ -593,6 +610,7 @@ impl Kill {
     pub fn processes(&self) -> Processes {
         Processes {
             service: self.service.clone(),
+            asked: self.asked.clone(),
             pid: self.pid,
             pid_file: self.pid_file.clone(),
             process: self.process.clone(),

@@ -1077,6 +1077,7 @@ impl Planner<'_> {
     fn processes(&mut self, at: Option<Place>, processes: &Processes) {
         let given = [
             processes.service.is_some(),
+            processes.asked.is_some(),
             processes.pid.is_some(),
             processes.pid_file.is_some(),
             processes.process.is_some(),
@@ -1086,11 +1087,14 @@ impl Planner<'_> {
         if given.iter().filter(|&&given| given).count() != 1 {
             self.wrong(
                 at,
-                "which processes? exactly one of: service, pid, pid_file, process, unit, cgroup",
+                "which processes? exactly one of: service, asked, pid, pid_file, process, unit, cgroup",
             );
         }
         if let Some(service) = &processes.service {
             self.known_service(at, service);
+        }
+        if let Some(on) = processes.asked.as_ref().and_then(|asked| asked.on.as_ref()) {
+            self.node(at, on);
         }
     }
 
@@ -1591,6 +1595,8 @@ impl Action {
 pub fn which(processes: &Processes) -> String {
     if let Some(service) = &processes.service {
         format!("service {service}")
+    } else if processes.asked.is_some() {
+        "what a command names".to_owned()
     } else if let Some(pid) = processes.pid {
         format!("process {pid}")
     } else if let Some(file) = &processes.pid_file {

@@ -9,7 +9,7 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{draw::Draw, file::CommandLine};
+use super::{draw::Draw, file::Asked};
 use crate::rules::Problem;
 
 /// Hosts are cut from each other.
@@ -65,13 +65,7 @@ pub enum Who {
     /// The host of this name; `random`: drawn from the seed.
     Host(String),
     /// The one whose name or address the command prints (its first word), such as the current leader.
-    Asked {
-        /// The command.
-        command: CommandLine,
-        /// The node of a lab in which it is run.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        on: Option<String>,
-    },
+    Asked(Asked),
 }
 
 /// Which direction is cut.
@@ -112,7 +106,7 @@ impl fmt::Display for Shape {
 /// Whether a command has to name a host before the partition can be computed.
 #[must_use]
 pub fn needs_asking(partition: &Partition) -> bool {
-    matches!(partition.who, Some(Who::Asked { .. }))
+    matches!(partition.who, Some(Who::Asked(_)))
 }
 
 /// Hosts that a shape has arranged: who is cut from whom, and an order of them for one-way cuts.
@@ -315,8 +309,8 @@ fn chosen(
         (None, _) => return Ok(Vec::new()),
         (Some(Who::Host(text)), _) if text == "random" => return Ok(Vec::new()),
         (Some(Who::Host(text)), _) => text.as_str(),
-        (Some(Who::Asked { .. }), Some(named)) => named,
-        (Some(Who::Asked { .. }), None) => {
+        (Some(Who::Asked(_)), Some(named)) => named,
+        (Some(Who::Asked(_)), None) => {
             return Err(Problem::new(
                 "a command has to name the host first",
                 "it is run when the step begins",
@@ -415,6 +409,7 @@ fn ring(among: &[String], order: &[usize]) -> Arranged {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scenario::file::CommandLine;
 
     fn hosts(count: usize) -> Vec<String> {
         (1..=count).map(|number| format!("n{number}")).collect()
@@ -549,10 +544,10 @@ mod tests {
         assert_eq!(cut.links.len(), 3);
         assert_eq!(cut.words, "n3 | n1 n2 n4, only from left to right");
         let asked = Partition {
-            who: Some(Who::Asked {
+            who: Some(Who::Asked(Asked {
                 command: CommandLine::Shell("leader".into()),
                 on: None,
-            }),
+            })),
             ..of(Shape::Isolate)
         };
         assert!(needs_asking(&asked));

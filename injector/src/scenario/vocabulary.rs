@@ -247,7 +247,12 @@ pub fn expand(profile: &Profile, _: &Context<'_>) -> Result<Step, Problem> {
         Name::FlappingLink => with(cut(), &|rule| {
             rule.flap = Some("up=3s,down=1s".to_owned());
         }),
-        Name::GreyEcmpPath => with(cut(), &|rule| rule.flows = given(&profile.share, "25%")),
+        Name::GreyEcmpPath => with(cut(), &|rule| {
+            // What has no ports goes by addresses alone, and always the same path.
+            rule.proto = vec!["tcp".to_owned(), "udp".to_owned()];
+            rule.flows = given(&profile.share, "25%");
+            rule.all_traffic = false;
+        }),
         Name::Bufferbloat => fault(FaultSpec {
             rate: given(&profile.rate, "10mbit"),
             queue: given(&profile.queue, "1s"),

@@ -41,9 +41,24 @@ pub fn iperf3() -> Result<PathBuf> {
     binary("iperf3")
 }
 
-/// A service's program as a command in a namespace, with the libraries that were unpacked beside it.
-pub fn command(ns: &Netns, program: &Path) -> Result<Command> {
-    let library = root()?.join("usr/lib");
+/// Puts the unpacked programs, and the libraries beside them, where a command and what it starts find them.
+pub fn offer(command: &mut Command) -> Result<()> {
+    let root = root()?;
+    let mut folders = vec![root.join("usr/bin"), root.join("usr/sbin")];
+    if let Ok(versions) = std::fs::read_dir(root.join("usr/lib/postgresql")) {
+        folders.extend(versions.flatten().map(|entry| entry.path().join("bin")));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    folders.extend(std::env::split_paths(&path));
+    command
+        .env("PATH", std::env::join_paths(folders)?)
+        .env("LD_LIBRARY_PATH", std::env::join_paths(libraries(&root))?);
+    Ok(())
+}
+
+/// The folders with shared libraries that were unpacked.
+fn libraries(root: &Path) -> Vec<PathBuf> {
+    let library = root.join("usr/lib");
     let mut folders = vec![library.clone()];
     if let Ok(entries) = std::fs::read_dir(&library) {
         folders.extend(
@@ -53,8 +68,16 @@ pub fn command(ns: &Netns, program: &Path) -> Result<Command> {
                 .filter(|path| path.is_dir()),
         );
     }
+    folders
+}
+
+/// A service's program as a command in a namespace, with the libraries that were unpacked beside it.
+pub fn command(ns: &Netns, program: &Path) -> Result<Command> {
     let mut command = ns.command(program)?;
-    command.env("LD_LIBRARY_PATH", std::env::join_paths(folders)?);
+    command.env(
+        "LD_LIBRARY_PATH",
+        std::env::join_paths(libraries(&root()?))?,
+    );
     Ok(command)
 }
 

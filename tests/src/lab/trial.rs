@@ -82,7 +82,11 @@ fn record_skip(test: &str, skip: &Skip) -> Result<()> {
 }
 
 /// Makes a test. It fails with its error, and with the transcript of what it did.
-pub fn trial(name: &'static str, needs: &'static [Need], test: fn() -> Result<()>) -> Trial {
+pub fn trial(
+    name: &'static str,
+    needs: &'static [Need],
+    test: impl FnOnce() -> Result<()> + Send + 'static,
+) -> Trial {
     Trial::ignorable_test(name, move || {
         let transcript = Transcript::begin(name);
         let missing = needs.iter().find_map(|need| need.check().err());

@@ -24,7 +24,7 @@ use tokio::{
 
 use super::{World, keeper::Keeper, processes::Process, recorder::Recorder};
 use crate::scenario::{
-    file::{Check, CommandLine, Http, Probe},
+    file::{Asked, Check, CommandLine, Http, Probe},
     names,
     record::{Checked, Event},
 };
@@ -122,6 +122,26 @@ pub(super) async fn command(
         how: status.to_string(),
         said: text,
     })
+}
+
+/// How long a command may take that names somebody.
+const NAMING: Duration = Duration::from_secs(10);
+
+/// Whom a command names: the first word that it prints.
+pub(super) async fn name(world: &World, asked: &Asked) -> Result<String, String> {
+    let line = &asked.command;
+    let ended = timeout(NAMING, command(world, line, asked.on.as_deref()))
+        .await
+        .map_err(|_| format!("'{line}' named nobody within {} s", NAMING.as_secs()))??;
+    let word = ended.said.split_whitespace().next();
+    match word {
+        Some(word) if ended.success => Ok(word.to_owned()),
+        _ => Err(format!(
+            "'{line}' named nobody: {}: {}",
+            ended.how,
+            ended.said.trim()
+        )),
+    }
 }
 
 /// A process group that is killed if it is dropped before its leader has ended, by the keeper if this process is killed.

@@ -30,7 +30,7 @@ use crate::lab;
 const SCRATCH: &str = "injector-run-";
 /// How long processes of a lab may take to end after SIGTERM, and then after SIGKILL.
 const ENDING: [(Signal, Duration); 2] = [
-    (Signal::SIGTERM, Duration::from_secs(5)),
+    (Signal::SIGTERM, Duration::from_secs(2)),
     (Signal::SIGKILL, Duration::from_secs(5)),
 ];
 

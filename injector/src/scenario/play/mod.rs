@@ -26,7 +26,12 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
-use tokio::{process::Command, sync::watch, task::JoinSet, time::sleep};
+use tokio::{
+    process::Command,
+    sync::watch,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 
 pub use self::recorder::{Recorder, Watcher};
 use self::{faults::Faults, keeper::Keeper, services::Services, steps::Player};
@@ -501,11 +506,19 @@ async fn steady(
 /// those of liveness hold or have had their time.
 async fn settle(job: &Job, states: &BTreeMap<String, checks::State>) {
     let begun = Instant::now();
-    let least = judging(job)
-        .map(|check| check.every.0 + check.timeout.0 * 2 + LOOKED)
-        .chain([job.scenario.settle.0])
-        .max()
-        .unwrap_or_default();
+    for check in judging(job) {
+        let Some(mut state) = states.get(&check.name).cloned() else {
+            continue;
+        };
+        // The next answer may be to a question from before the healing.
+        for _ in 0..2 {
+            let longest = check.every.0 + check.timeout.0 + LOOKED;
+            state.mark_unchanged();
+            if timeout(longest, state.changed()).await.is_err() {
+                break;
+            }
+        }
+    }
     loop {
         let gone = begun.elapsed();
         let waiting = judging(job).any(|check| {
@@ -513,7 +526,7 @@ async fn settle(job: &Job, states: &BTreeMap<String, checks::State>) {
                 && gone < check.recovers_within.0 + check.timeout.0 + LOOKED
                 && states.get(&check.name).map(|state| *state.borrow()) != Some(Some(true))
         });
-        if gone >= least && !waiting {
+        if gone >= job.scenario.settle.0 && !waiting {
             return;
         }
         sleep(LOOKED).await;

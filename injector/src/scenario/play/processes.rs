@@ -13,7 +13,7 @@ use std::{
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
-use super::{World, services::Services};
+use super::{World, checks, services::Services};
 use crate::scenario::{file::Processes, plan};
 
 /// How long processes may take to stand still.
@@ -181,6 +181,14 @@ pub(super) struct Found {
     processes: BTreeSet<Process>,
 }
 
+impl Found {
+    /// Whether a process is among them.
+    #[must_use]
+    pub(super) fn has(&self, pid: u32) -> bool {
+        self.processes.iter().any(|process| process.pid == pid)
+    }
+}
+
 /// Processes that stand still because of us.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Paused {
@@ -244,6 +252,22 @@ pub(super) async fn find(
             Some(pid) => BTreeSet::from([pid]),
             None => return none("it is not running"),
         }
+    } else if let Some(asked) = &which.asked {
+        let word = checks::name(world, asked)
+            .await
+            .map_err(|why| format!("finding {words}: {why}"))?;
+        let node = world.hosts().find(&word).unwrap_or_default();
+        let found: BTreeSet<u32> = match (services.pid(&word), word.parse()) {
+            (Some(pid), _) | (None, Ok(pid)) => BTreeSet::from([pid]),
+            (None, Err(_)) => services.of_node(&node).into_iter().collect(),
+        };
+        if found.is_empty() {
+            return none(&format!(
+                "'{}' named '{word}', which is neither a service that runs, nor a node with one, nor a process id",
+                asked.command
+            ));
+        }
+        found
     } else if let Some(pid) = which.pid {
         BTreeSet::from([pid])
     } else if let Some(file) = &which.pid_file {

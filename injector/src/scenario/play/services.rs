@@ -11,9 +11,16 @@ use std::{
 };
 
 use nix::{sys::signal::Signal, unistd::User};
-use tokio::{process::Command, sync::watch, time::timeout};
+use tokio::{
+    process::Command,
+    sync::watch,
+    time::{Instant, timeout, timeout_at},
+};
 
-use super::{World, processes::Process};
+use super::{
+    World,
+    processes::{Found, Process},
+};
 use crate::scenario::{
     file::{CommandLine, Service},
     record::Event,
@@ -21,8 +28,10 @@ use crate::scenario::{
 
 /// How long `prepare` may take.
 const PREPARING: Duration = Duration::from_secs(120);
-/// How long a service may take to end after SIGTERM.
+/// How long a service may take to end after a signal of a step, before it is started again.
 const ENDING: Duration = Duration::from_secs(5);
+/// How long all of them may take to end after SIGTERM at the end of the run.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// The services of a run.
 pub(super) struct Services {
@@ -199,8 +208,27 @@ impl Services {
         running.get(name).and_then(|one| one.ended.borrow().clone())
     }
 
-    /// A step is about to send a service a signal.
-    pub(super) fn expect_end(&self, name: &str) {
+    /// A step is about to send a signal to these processes: services among them may end.
+    pub(super) fn expect_ends(&self, found: &Found) {
+        for one in self.locked().values() {
+            if found.has(one.pid) {
+                *one.expected.lock().unwrap_or_else(PoisonError::into_inner) = true;
+            }
+        }
+    }
+
+    /// The services that run in a node.
+    #[must_use]
+    pub(super) fn of_node(&self, node: &str) -> Vec<u32> {
+        self.locked()
+            .values()
+            .filter(|one| one.service.on == node && one.ended.borrow().is_none())
+            .map(|one| one.pid)
+            .collect()
+    }
+
+    /// The run is about to end a service.
+    fn expect_end(&self, name: &str) {
         if let Some(one) = self.locked().get(name) {
             *one.expected.lock().unwrap_or_else(PoisonError::into_inner) = true;
         }
@@ -222,8 +250,10 @@ impl Services {
                 let _ = process.signal(Signal::SIGTERM);
             }
         }
+        let deadline = Instant::now() + CLOSING;
         for (_, _, mut ended) in all {
-            let _ = timeout(ENDING, ended.wait_for(Option::is_some)).await;
+            // Those that take longer are killed: their data goes with the lab.
+            let _ = timeout_at(deadline, ended.wait_for(Option::is_some)).await;
         }
     }
 

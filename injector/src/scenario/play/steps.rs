@@ -29,9 +29,6 @@ use crate::{
     },
 };
 
-/// How long a command may take that names a host for a partition.
-const NAMING: Duration = Duration::from_secs(10);
-
 /// What carrying out steps needs.
 pub(super) struct Player {
     /// What they act on.
@@ -348,21 +345,15 @@ impl Player {
         partition: &Partition,
         seed: u64,
     ) -> Result<(String, shape::Cut), String> {
-        let Some(Who::Asked { command, on }) = &partition.who else {
+        let Some(Who::Asked(asked)) = &partition.who else {
             return Err("the partition names no command".to_owned());
         };
-        let ended = timeout(NAMING, checks::command(&self.world, command, on.as_deref()))
-            .await
-            .map_err(|_| format!("'{command}' named no host within {} s", NAMING.as_secs()))??;
-        let said = ended.said.trim();
-        if !ended.success {
-            return Err(format!("'{command}' named no host: {}: {said}", ended.how));
-        }
-        let word = said.split_whitespace().next().unwrap_or_default();
+        let command = &asked.command;
+        let word = checks::name(&self.world, asked).await?;
         let host = self
             .world
             .hosts()
-            .find(word)
+            .find(&word)
             .ok_or_else(|| format!("'{command}' named '{word}', which is no host"))?;
         let names = self.world.hosts().names();
         let cut = shape::cut(partition, &names, seed, Some(&host))
@@ -470,10 +461,8 @@ impl Player {
     }
 
     async fn kill(&self, which: &Processes, signal: &str) -> Outcomes {
-        if let Some(service) = &which.service {
-            self.services.expect_end(service);
-        }
         let found = processes::find(&self.world, &self.services, which).await?;
+        self.services.expect_ends(&found);
         let count = processes::kill(&found, signal)?;
         Ok(Some(format!("{count} processes")))
     }
