@@ -591,13 +591,18 @@ fn decide_flow<T: Tables>(
     })
 }
 
+/// For so long after its time a packet may still be in the lane: fq lets it go when its timer runs, which is late where
+/// CPUs are busy (3 ms were seen in an overloaded emulated machine, in which a healed flow's new packets overtook held
+/// ones). Through the lane a packet is later by a tenth of a millisecond, and nothing else.
+const LATE_NS: u64 = 20_000_000;
+
 /// Whether earlier packets of the flow are still in the lane, and in order: then this one goes there too, lest
 /// it overtakes them. Those that are being flushed cannot be overtaken.
 #[inline(always)]
 fn is_held<T: Tables>(tables: &T, work: &mut Work) -> bool {
     match tables.held(&work.key) {
         Some(held) => {
-            read_once!(held, until_ns) > tables.now_ns()
+            read_once!(held, until_ns).saturating_add(LATE_NS) > tables.now_ns()
                 && holders::flushing(tables, read_once!(held, holders)).is_none()
         }
         None => false,
