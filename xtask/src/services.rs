@@ -45,7 +45,7 @@ pub(crate) const PROGRAMS: [&str; 8] = [
     "usr/sbin/nginx",
 ];
 
-/// Programs of PostgreSQL, in a folder with its version.
+/// Programs of `PostgreSQL`, in a folder with its version.
 const POSTGRESQL: [&str; 5] = ["postgres", "initdb", "pg_basebackup", "pg_ctl", "psql"];
 
 /// All programs that are there, below the folder.

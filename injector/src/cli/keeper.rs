@@ -2,10 +2,7 @@
 
 use clap::Args;
 
-use super::{
-    exit::{Exit, Failure},
-    session::Session,
-};
+use super::session::Session;
 use crate::scenario::play::keeper;
 
 /// Undo what a run has done to the host when its standard input ends
@@ -14,12 +11,11 @@ pub(super) struct KeeperArgs {}
 
 impl KeeperArgs {
     /// Runs the command.
-    pub(super) fn run(session: &Session) -> Result<Exit, Failure> {
+    pub(super) fn run(session: &Session) {
         let problems = keeper::keep(std::io::stdin(), &session.endpoint.state_dir);
         for problem in &problems {
             // Whoever started this reads it; if they are gone, nobody does.
             println!("{problem}");
         }
-        Ok(Exit::Success)
     }
 }

@@ -199,7 +199,6 @@ impl State {
                 failure: None,
                 detail: Some(detail),
             } => format!("{step}: {detail}"),
-            Event::StepEnded { .. } | Event::Sample(_) => return None,
             Event::FaultStarted(started) => {
                 self.faults
                     .insert(started.step.clone(), started.what.clone());
@@ -238,7 +237,7 @@ impl State {
             Event::Trouble { text } => toned(Tone::Bad, text),
             Event::Interrupted { signal } => toned(Tone::Bad, &format!("interrupted by {signal}")),
             Event::Healed => toned(Tone::Good, "everything is healed"),
-            Event::RunEnded(_) => return None,
+            Event::StepEnded { .. } | Event::Sample(_) | Event::RunEnded(_) => return None,
         };
         Some(format!("{:>7.1} s  {text}", record.t))
     }

@@ -211,7 +211,10 @@ impl Cli {
             Command::Run(args) => with(args.run(&session)),
             Command::Validate(args) => with(args.run(&session)),
             Command::Report(args) => with(args.run(&session)),
-            Command::Keeper(_) => with(keeper::KeeperArgs::run(&session)),
+            Command::Keeper(_) => {
+                keeper::KeeperArgs::run(&session);
+                Ok(Exit::Success as u8)
+            }
             Command::Protect(args) => done(args.run(&session)),
             Command::Events(args) => done(args.run(&session)),
             Command::Check(_) => with(check::CheckArgs::run(session.output)),

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt::Write as _,
     fs,
     io::{self, Read},
     net::IpAddr,
@@ -144,12 +145,13 @@ impl ValidateArgs {
             let errors = match read(&shown, &content, None, None) {
                 Ok(read) => {
                     let steps = read.plan.timeline().len();
-                    text.push_str(&format!(
-                        "{shown}: {} ({}, {})\n",
+                    let _ = writeln!(
+                        text,
+                        "{shown}: {} ({}, {})",
                         toned(Tone::Good, "ok"),
                         output::count(steps as u64, "step"),
                         output::count(read.scenario.checks.len() as u64, "check"),
-                    ));
+                    );
                     Vec::new()
                 }
                 Err(errors) => errors,
@@ -179,7 +181,7 @@ fn shown_error(error: &FileError) -> String {
     let mut text = format!("{}\n", toned(Tone::Bad, &error.to_string()));
     if let Some(excerpt) = &error.excerpt {
         for line in excerpt.lines() {
-            text.push_str(&format!("  {line}\n"));
+            let _ = writeln!(text, "  {line}");
         }
     }
     text

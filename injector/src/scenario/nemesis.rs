@@ -86,7 +86,7 @@ pub fn expand(nemesis: &Nemesis, context: &Context<'_>) -> Result<Step, Problem>
     let mut steps = Vec::new();
     loop {
         let gap = milliseconds(Duration::try_from_secs_f64(draw.exponential(mean)).unwrap_or(over));
-        let lasts = milliseconds(shortest + (longest - shortest).mul_f64(draw.unit()));
+        let lasts = milliseconds(shortest + longest.saturating_sub(shortest).mul_f64(draw.unit()));
         let drawn = draw.weighted(&weights);
         if gone + gap + lasts > over {
             break;
@@ -157,9 +157,10 @@ fn one(
     };
     let mut names = names.list().to_vec();
     draw.shuffle(&mut names);
-    let most = match nemesis.keep_majority {
-        true => names.len().min(minority(context.hosts.len())),
-        false => names.len(),
+    let most = if nemesis.keep_majority {
+        names.len().min(minority(context.hosts.len()))
+    } else {
+        names.len()
     };
     names.truncate(1 + draw.below(most.max(1)));
     let each = names.into_iter().map(|name| {

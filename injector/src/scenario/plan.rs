@@ -369,10 +369,11 @@ impl Planner<'_> {
 
     /// Where a step stands in the file, or the macro that it was made from.
     fn place(&self, step: &Spanned<Step>) -> Place {
-        match (self.made_from, Place::from(step)) {
-            (Some(place), Place { line: 0, .. }) => place,
-            (_, place) => place,
+        let own = Place::from(step);
+        if own.line > 0 {
+            return own;
         }
+        self.made_from.unwrap_or(own)
     }
 
     /// Plans the steps of a group whose path is `around`.
@@ -981,27 +982,26 @@ impl Planner<'_> {
         }
         let mut paths = Vec::new();
         for name in heal.list() {
-            match scopes.iter().rev().find_map(|scope| scope.get(name)) {
-                Some(path) => paths.push(path.clone()),
-                None => {
-                    let known: Vec<&str> = scopes
-                        .iter()
-                        .flat_map(Scope::keys)
-                        .map(String::as_str)
-                        .collect();
-                    self.wrong(
-                        at,
-                        format!(
-                            "'heal': there is no step '{name}' here{}",
-                            if known.is_empty() {
-                                "; give the step a name, or write 'heal: all'".to_owned()
-                            } else {
-                                format!("; there are: {}, or 'all'", known.join(", "))
-                            }
-                        ),
-                    );
-                }
+            if let Some(path) = scopes.iter().rev().find_map(|scope| scope.get(name)) {
+                paths.push(path.clone());
+                continue;
             }
+            let known: Vec<&str> = scopes
+                .iter()
+                .flat_map(Scope::keys)
+                .map(String::as_str)
+                .collect();
+            self.wrong(
+                at,
+                format!(
+                    "'heal': there is no step '{name}' here{}",
+                    if known.is_empty() {
+                        "; give the step a name, or write 'heal: all'".to_owned()
+                    } else {
+                        format!("; there are: {}, or 'all'", known.join(", "))
+                    }
+                ),
+            );
         }
         Action::Heal(paths)
     }
@@ -1200,9 +1200,8 @@ fn words_of(rule: &RuleSpec) -> String {
     if let Ok(serde_json::Value::Object(fault)) = serde_json::to_value(&rule.fault) {
         for (field, value) in fault {
             let value = match value {
-                serde_json::Value::Bool(_) => String::new(),
                 serde_json::Value::String(value) => format!(" {value}"),
-                serde_json::Value::Object(_) => String::new(),
+                serde_json::Value::Bool(_) | serde_json::Value::Object(_) => String::new(),
                 value => format!(" {value}"),
             };
             let separator = if text.is_empty() { "" } else { ", " };
@@ -1559,7 +1558,9 @@ impl Action {
     #[must_use]
     pub fn words(&self) -> String {
         match self {
-            Self::Rules { words, .. } | Self::Ramp { words, .. } => words.clone(),
+            Self::Rules { words, .. } | Self::Ramp { words, .. } | Self::Others(words) => {
+                words.clone()
+            }
             Self::AskedPartition { partition, .. } => {
                 format!(
                     "partition: {}, of a host that a command names",
@@ -1585,7 +1586,6 @@ impl Action {
             Self::Wait(time) => format!("wait {}", duration::format(*time)),
             Self::Group { together: true, .. } => "together:".to_owned(),
             Self::Group { .. } => "one after the other:".to_owned(),
-            Self::Others(words) => words.clone(),
         }
     }
 }
@@ -1804,7 +1804,7 @@ mod tests {
             &["a"],
         );
         assert!(matches!(plan.steps[0].action, Action::Others(_)));
-        assert_eq!(at(&plan)[1].1, 3.0);
+        assert!((at(&plan)[1].1 - 3.0).abs() < 1e-9);
     }
 
     #[test]

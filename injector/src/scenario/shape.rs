@@ -136,20 +136,6 @@ pub fn cut(
             ));
         }
     }
-    let least = match partition.shape {
-        Shape::Bridge | Shape::MajoritiesRing | Shape::Partial => 3,
-        _ => 2,
-    };
-    if partition.shape != Shape::Sides && among.len() < least {
-        return Err(Problem::new(
-            format!(
-                "a partition of shape '{}' needs at least {least} hosts, and has {}",
-                partition.shape,
-                among.len()
-            ),
-            "name them in 'hosts' of the scenario, or make a lab",
-        ));
-    }
     if partition.sides.is_some() && partition.shape != Shape::Sides {
         return Err(Problem::new(
             format!("'sides' has no meaning for shape '{}'", partition.shape),
@@ -157,15 +143,40 @@ pub fn cut(
         ));
     }
     let who = chosen(partition, hosts, among, named)?;
-    let mut draw = Draw::new(seed);
-    let arranged = match partition.shape {
+    let arranged = arrange(partition, among, who, &mut Draw::new(seed))?;
+    Ok(finished(among, arranged, partition.one_way))
+}
+
+/// Arranges hosts in the shape of a partition: around `who`, in that order, or around whom `draw` gives where nobody is named.
+fn arrange(
+    partition: &Partition,
+    among: &[String],
+    who: Vec<usize>,
+    draw: &mut Draw,
+) -> Result<Arranged, Problem> {
+    let shape = partition.shape;
+    let least = match shape {
+        Shape::Bridge | Shape::MajoritiesRing | Shape::Partial => 3,
+        Shape::Sides => 0,
+        _ => 2,
+    };
+    if among.len() < least {
+        return Err(Problem::new(
+            format!(
+                "a partition of shape '{shape}' needs at least {least} hosts, and has {}",
+                among.len()
+            ),
+            "name them in 'hosts' of the scenario, or make a lab",
+        ));
+    }
+    Ok(match shape {
         Shape::Halves => {
             let places: Vec<usize> = (0..among.len()).collect();
             sides(among, &halves(&places))
         }
-        Shape::RandomHalves => sides(among, &halves(&shuffled(among.len(), &mut draw))),
+        Shape::RandomHalves => sides(among, &halves(&shuffled(among.len(), draw))),
         Shape::MajorityMinority => {
-            let places = shuffled(among.len(), &mut draw);
+            let places = shuffled(among.len(), draw);
             // The minority first: one-way cuts go from it.
             let (minority, majority) = places.split_at(among.len() - majority(among.len()));
             sides(among, &[minority.to_vec(), majority.to_vec()])
@@ -190,10 +201,10 @@ pub fn cut(
             let _ = write!(arranged.words, ", {} sees both", among[bridge]);
             arranged
         }
-        Shape::MajoritiesRing => ring(among, &shuffled(among.len(), &mut draw)),
+        Shape::MajoritiesRing => ring(among, &shuffled(among.len(), draw)),
         Shape::Primaries => {
             let alone = if who.is_empty() {
-                let mut places = shuffled(among.len(), &mut draw);
+                let mut places = shuffled(among.len(), draw);
                 let most = among.len() - majority(among.len());
                 places.truncate(1 + draw.below(most.max(1)));
                 places
@@ -210,7 +221,7 @@ pub fn cut(
         Shape::Partial => {
             let (one, other) = match who.as_slice() {
                 [] => {
-                    let places = shuffled(among.len(), &mut draw);
+                    let places = shuffled(among.len(), draw);
                     (places[0], places[1])
                 }
                 [one, other] if one != other => (*one, *other),
@@ -225,27 +236,29 @@ pub fn cut(
             arranged.words.push_str(", others see both");
             arranged
         }
-        Shape::Sides => {
-            let mut groups = Vec::new();
-            for side in partition.sides.iter().flatten() {
-                let places = side
-                    .iter()
-                    .map(|host| place(host, among))
-                    .collect::<Result<Vec<_>, _>>()?;
-                groups.push(places);
-            }
-            let all: Vec<usize> = groups.iter().flatten().copied().collect();
-            let distinct: BTreeSet<usize> = all.iter().copied().collect();
-            if groups.len() < 2 || groups.iter().any(Vec::is_empty) || distinct.len() != all.len() {
-                return Err(Problem::new(
-                    "a partition of shape 'sides' needs two or more sides, none of them empty, and no host in two",
-                    "sides: [[n1], [n2, n3]]",
-                ));
-            }
-            sides(among, &groups)
-        }
-    };
-    Ok(finished(among, arranged, partition.one_way))
+        Shape::Sides => as_given(partition, among)?,
+    })
+}
+
+/// Hosts on the sides that the file gives.
+fn as_given(partition: &Partition, among: &[String]) -> Result<Arranged, Problem> {
+    let mut groups = Vec::new();
+    for side in partition.sides.iter().flatten() {
+        let places = side
+            .iter()
+            .map(|host| place(host, among))
+            .collect::<Result<Vec<_>, _>>()?;
+        groups.push(places);
+    }
+    let all: Vec<usize> = groups.iter().flatten().copied().collect();
+    let distinct: BTreeSet<usize> = all.iter().copied().collect();
+    if groups.len() < 2 || groups.iter().any(Vec::is_empty) || distinct.len() != all.len() {
+        return Err(Problem::new(
+            "a partition of shape 'sides' needs two or more sides, none of them empty, and no host in two",
+            "sides: [[n1], [n2, n3]]",
+        ));
+    }
+    Ok(sides(among, &groups))
 }
 
 /// Names instead of places, and one direction where only that is wanted.

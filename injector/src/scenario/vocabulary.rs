@@ -138,6 +138,7 @@ pub(super) fn within(step: Step) -> Spanned<Step> {
 }
 
 /// Spells a model out.
+#[expect(clippy::too_many_lines, reason = "a table: one entry for each model")]
 pub fn expand(profile: &Profile, _: &Context<'_>) -> Result<Step, Problem> {
     let given =
         |text: &Option<String>, usual: &str| Some(text.as_deref().unwrap_or(usual).to_owned());

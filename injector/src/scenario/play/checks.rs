@@ -133,9 +133,9 @@ pub(super) async fn name(world: &World, asked: &Asked) -> Result<String, String>
     let ended = timeout(NAMING, command(world, line, asked.on.as_deref()))
         .await
         .map_err(|_| format!("'{line}' named nobody within {} s", NAMING.as_secs()))??;
-    let word = ended.said.split_whitespace().next();
-    match word {
-        Some(word) if ended.success => Ok(word.to_owned()),
+    let first = ended.said.split_whitespace().next();
+    match first {
+        Some(named) if ended.success => Ok(named.to_owned()),
         _ => Err(format!(
             "'{line}' named nobody: {}: {}",
             ended.how,

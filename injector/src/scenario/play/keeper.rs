@@ -197,7 +197,7 @@ impl Keeper {
         match ended {
             Ok(status) if status.success() => {}
             Ok(status) => {
-                problems.push(format!("the process that cleans up ended early ({status})"))
+                problems.push(format!("the process that cleans up ended early ({status})"));
             }
             Err(error) => problems.push(format!("waiting for the process that cleans up: {error}")),
         }

@@ -28,6 +28,44 @@ pub(super) struct Process {
     pub started: u64,
 }
 
+/// A descriptor of a process.
+fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+    // SAFETY: the call takes two integers and gives a descriptor or an error.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made it, and nobody else has a copy.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn pidfd_send_signal(process: &OwnedFd, signal: Signal) -> io::Result<()> {
+    // SAFETY: a descriptor that is open, a number, no siginfo and no flags.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_raw_fd(),
+            signal as libc::c_int,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if sent < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// "No such process" is something that is not found.
+fn or_not_found(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::ESRCH) => io::ErrorKind::NotFound.into(),
+        _ => error,
+    }
+}
+
 /// What `/proc/PID/stat` says of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Stat {
@@ -86,19 +124,7 @@ impl Process {
 
     /// A descriptor of it, which stays its own whatever becomes of its number.
     fn open(&self) -> io::Result<OwnedFd> {
-        let pid = libc::pid_t::try_from(self.pid).map_err(io::Error::other)?;
-        // SAFETY: the call takes two integers and gives a descriptor or an error.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        let fd = i32::try_from(fd).map_err(io::Error::other)?;
-        if fd < 0 {
-            let error = io::Error::last_os_error();
-            return Err(match error.raw_os_error() {
-                Some(libc::ESRCH) => io::ErrorKind::NotFound.into(),
-                _ => error,
-            });
-        }
-        // SAFETY: the kernel has just made it, and nobody else has a copy.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let fd = pidfd_open(self.pid).map_err(or_not_found)?;
         // Looked at once it cannot be somebody else any more.
         if self.stat().is_none() {
             return Err(io::ErrorKind::NotFound.into());
@@ -108,24 +134,7 @@ impl Process {
 
     /// Sends it a signal. One that has ended is not found.
     pub(super) fn signal(&self, signal: Signal) -> io::Result<()> {
-        let fd = self.open()?;
-        // SAFETY: a descriptor that is open, a number, no siginfo and no flags.
-        let sent = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                fd.as_raw_fd(),
-                signal as libc::c_int,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
-        match io::Error::last_os_error() {
-            _ if sent == 0 => Ok(()),
-            error if error.raw_os_error() == Some(libc::ESRCH) => {
-                Err(io::ErrorKind::NotFound.into())
-            }
-            error => Err(error),
-        }
+        pidfd_send_signal(&self.open()?, signal).map_err(or_not_found)
     }
 
     /// Kills the process group that it leads, if it still lives.
@@ -244,26 +253,26 @@ pub(super) async fn find(
     which: &Processes,
 ) -> Result<Found, String> {
     let words = plan::which(which);
-    let none = |why: &str| Err(format!("finding {words}: {why}"));
+    let failed = |why: &str| Err(format!("finding {words}: {why}"));
     let all = all();
     let mut group = None;
     let roots: BTreeSet<u32> = if let Some(service) = &which.service {
         match services.pid(service) {
             Some(pid) => BTreeSet::from([pid]),
-            None => return none("it is not running"),
+            None => return failed("it is not running"),
         }
     } else if let Some(asked) = &which.asked {
-        let word = checks::name(world, asked)
+        let named = checks::name(world, asked)
             .await
             .map_err(|why| format!("finding {words}: {why}"))?;
-        let node = world.hosts().find(&word).unwrap_or_default();
-        let found: BTreeSet<u32> = match (services.pid(&word), word.parse()) {
+        let node = world.hosts().find(&named).unwrap_or_default();
+        let found: BTreeSet<u32> = match (services.pid(&named), named.parse()) {
             (Some(pid), _) | (None, Ok(pid)) => BTreeSet::from([pid]),
             (None, Err(_)) => services.of_node(&node).into_iter().collect(),
         };
         if found.is_empty() {
-            return none(&format!(
-                "'{}' named '{word}', which is neither a service that runs, nor a node with one, nor a process id",
+            return failed(&format!(
+                "'{}' named '{named}', which is neither a service that runs, nor a node with one, nor a process id",
                 asked.command
             ));
         }
@@ -276,7 +285,7 @@ pub(super) async fn find(
         // PostgreSQL's has more lines.
         match text.lines().next().unwrap_or_default().trim().parse() {
             Ok(pid) => BTreeSet::from([pid]),
-            Err(_) => return none("its first line is no process id"),
+            Err(_) => return failed("its first line is no process id"),
         }
     } else if let Some(name) = &which.process {
         // The kernel cuts names off after 15 bytes.
@@ -289,7 +298,7 @@ pub(super) async fn find(
         let path = match (&which.unit, &which.cgroup) {
             (Some(unit), _) => unit_group(unit).map_err(|why| format!("finding {words}: {why}"))?,
             (None, Some(path)) => path.clone(),
-            (None, None) => return none("nothing says which"),
+            (None, None) => return failed("nothing says which"),
         };
         let path = group_path(&path).map_err(|why| format!("finding {words}: {why}"))?;
         let members = members(&path)
@@ -307,11 +316,11 @@ pub(super) async fn find(
         .filter_map(|pid| Some(all.get(pid)?.process(*pid)))
         .collect();
     if processes.is_empty() {
-        return none("there is none");
+        return failed("there is none");
     }
     let untouchable = untouchable(world, &all);
     if let Some((pid, why)) = family.iter().find_map(|pid| untouchable.get_key_value(pid)) {
-        return none(&format!("process {pid} among them {why}"));
+        return failed(&format!("process {pid} among them {why}"));
     }
     Ok(Found {
         words,
@@ -405,7 +414,7 @@ pub(super) async fn pause(
     if let Err(error) = result {
         let problem = failed(&error);
         // Half of them standing still is not what was asked for.
-        let undone = resume(world, paused);
+        let undone = resume(world, &paused);
         return Err(match undone {
             Ok(()) => problem,
             Err(more) => format!("{problem}; {more}"),
@@ -485,7 +494,7 @@ pub(super) fn thaw(group: &Path) -> io::Result<()> {
 }
 
 /// Lets processes go on that stand still because of us.
-pub(super) fn resume(world: &World, paused: Paused) -> Result<(), String> {
+pub(super) fn resume(world: &World, paused: &Paused) -> Result<(), String> {
     let failed =
         |error: &dyn std::fmt::Display| format!("resuming {}: {error}", paused.found.words);
     if let Some(group) = &paused.found.group {

@@ -27,7 +27,7 @@ use crate::scenario::{
 };
 
 /// How long `prepare` may take.
-const PREPARING: Duration = Duration::from_secs(120);
+const PREPARING: Duration = Duration::from_mins(2);
 /// How long a service may take to end after a signal of a step, before it is started again.
 const ENDING: Duration = Duration::from_secs(5);
 /// How long all of them may take to end after SIGTERM at the end of the run.

@@ -147,10 +147,10 @@ impl Player {
                 Begins::When(when) => self.turned(when).await.err(),
             }
         };
-        let mut stop = self.stop.clone();
+        let mut stopping = self.stop.clone();
         tokio::select! {
             biased;
-            _ = stop.wait_for(Option::is_some) => Due::Stopped,
+            _ = stopping.wait_for(Option::is_some) => Due::Stopped,
             problem = waited => problem.map_or(Due::Now, Due::Never),
         }
     }
@@ -176,10 +176,10 @@ impl Player {
 
     /// Until a time has passed or the run is to end early.
     async fn pause_for(&self, time: Duration) {
-        let mut stop = self.stop.clone();
+        let mut stopping = self.stop.clone();
         tokio::select! {
             biased;
-            _ = stop.wait_for(Option::is_some) => {}
+            _ = stopping.wait_for(Option::is_some) => {}
             () = sleep(time) => {}
         }
     }
@@ -320,14 +320,14 @@ impl Player {
             self.world.recorder.write(Event::Note {
                 text: format!("step {}: {text}", step.path),
             });
-            let mut stop = self.stop.clone();
+            let mut stopping = self.stop.clone();
             let ended = healed
                 .as_mut()
                 .map(|healed| healed.wait_for(|healed| *healed));
             let Some(ended) = ended else { break };
             tokio::select! {
                 biased;
-                _ = stop.wait_for(Option::is_some) => break,
+                _ = stopping.wait_for(Option::is_some) => break,
                 _ = ended => return Ok(None),
                 () = sleep_until(start + each * (index + 1)) => {}
             }
@@ -365,10 +365,10 @@ impl Player {
         let deadline = Instant::now() + run.within.0;
         loop {
             let begun = Instant::now();
-            let mut stop = self.stop.clone();
+            let mut stopping = self.stop.clone();
             let ended = tokio::select! {
                 biased;
-                _ = stop.wait_for(Option::is_some) => return Ok(Some("the run ended first".to_owned())),
+                _ = stopping.wait_for(Option::is_some) => return Ok(Some("the run ended first".to_owned())),
                 ended = tokio::time::timeout_at(deadline, checks::command(&self.world, &run.command, on)) => ended,
             };
             let (success, how, said) = match ended {
@@ -431,7 +431,7 @@ impl Player {
             let Some((paused, since)) = self.locked().remove(&step) else {
                 continue;
             };
-            if let Err(problem) = processes::resume(&self.world, paused) {
+            if let Err(problem) = processes::resume(&self.world, &paused) {
                 problems.push(problem);
             }
             self.world.recorder.write(Event::Resumed {

@@ -1,4 +1,4 @@
-//! JUnit XML, for CI systems: a test for the run as a whole, for every check, every fault (that it acted) and every
+//! `JUnit` XML, for CI systems: a test for the run as a whole, for every check, every fault (that it acted) and every
 //! step that failed.
 
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Reports of a run, each a pure function of its records: for the terminal, for CI systems (JUnit XML), and for people
+//! Reports of a run, each a pure function of its records: for the terminal, for CI systems (`JUnit` XML), and for people
 //! (one HTML file).
 
 mod html;

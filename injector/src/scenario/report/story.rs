@@ -207,35 +207,33 @@ impl<'a> Story<'a> {
             }
             Event::Sample(sample) => self.samples.push((t, sample)),
             Event::RunEnded(ended) => self.ended = ended.clone(),
-            Event::LabMade { lab } => self.remark(t, format!("lab {lab} was made")),
-            Event::ServiceStarted { service, .. } => {
-                self.remark(t, format!("service {service} was started"));
-            }
-            Event::ServiceReady { service, took } => {
-                self.remark(t, format!("service {service} was ready after {took:.1} s"));
-            }
-            Event::ServiceEnded {
-                service,
-                how,
-                asked,
-            } => {
-                let why = if *asked {
-                    ""
-                } else {
-                    ", and nobody had told it to"
-                };
-                self.remark(t, format!("service {service} ended ({how}){why}"));
-            }
-            Event::NotSteady { checks } => {
-                self.remark(t, format!("no steady state: {}", checks.join(", ")));
-            }
-            Event::Note { text } => self.remark(t, text.clone()),
-            Event::Trouble { text } => self.remark(t, format!("trouble: {text}")),
-            Event::Interrupted { signal } => self.remark(t, format!("interrupted by {signal}")),
+            event => self.remarks.extend(remark(event).map(|remark| (t, remark))),
         }
     }
+}
 
-    fn remark(&mut self, t: f64, text: String) {
-        self.remarks.push((t, text));
-    }
+/// What happened to the lab and its services, and what the run itself had to say, in words.
+fn remark(event: &Event) -> Option<String> {
+    Some(match event {
+        Event::LabMade { lab } => format!("lab {lab} was made"),
+        Event::ServiceStarted { service, .. } => format!("service {service} was started"),
+        Event::ServiceReady { service, took } => {
+            format!("service {service} was ready after {took:.1} s")
+        }
+        Event::ServiceEnded {
+            service,
+            how,
+            asked: true,
+        } => format!("service {service} ended ({how})"),
+        Event::ServiceEnded {
+            service,
+            how,
+            asked: false,
+        } => format!("service {service} ended ({how}), and nobody had told it to"),
+        Event::NotSteady { checks } => format!("no steady state: {}", checks.join(", ")),
+        Event::Note { text } => text.clone(),
+        Event::Trouble { text } => format!("trouble: {text}"),
+        Event::Interrupted { signal } => format!("interrupted by {signal}"),
+        _ => return None,
+    })
 }

@@ -404,7 +404,7 @@ fn others(bench: &Bench) -> Result<Section> {
     })
 }
 
-/// Filters that a list of u32 takes (net/sched/cls_u32.c: a node's number in its bucket has 12 bits).
+/// Filters that a list of u32 takes (`net/sched/cls_u32.c`: a node's number in its bucket has 12 bits).
 const MOST_IN_A_LIST: u32 = 4095;
 
 /// A peer by its number.
