@@ -387,11 +387,16 @@ impl Machine<'_> {
         let init = built.binary("guest")?;
         image.program(init, OsStr::new(""))?;
         image.link(Path::new("/init"), init);
-        image.file(
-            Path::new("/etc/passwd"),
-            b"root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/false\n".to_vec(),
-            0o644,
-        );
+        // nginx, for one, asks for its user and that user's group.
+        for (file, entries) in [
+            (
+                "/etc/passwd",
+                "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+            ),
+            ("/etc/group", "root:x:0:\nnogroup:x:65534:\n"),
+        ] {
+            image.file(Path::new(file), entries.as_bytes().to_vec(), 0o644);
+        }
         for (name, path) in &self.files {
             let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
             image.file(name, bytes, 0o644);

@@ -112,7 +112,8 @@ fn plays_as_expected(name: &str, text: &str) -> Result<()> {
             .lines()
             .filter(|line| !line.contains("\"event\":\"sample\"") && !line.contains("\"ok\":true"))
             .collect();
-        lines.join("\n")
+        let services: Vec<String> = logs_in(dir.path()).unwrap_or_default();
+        format!("{}\n{}", lines.join("\n"), services.join("\n"))
     };
     ensure!(output.code() == Some(0), "{}\n{}", output.describe(), log());
     let document: Value =
@@ -128,6 +129,22 @@ fn plays_as_expected(name: &str, text: &str) -> Result<()> {
     }
     report(format!("{name}: {expected}, {}", document["reasons"]));
     Ok(())
+}
+
+/// What the services printed last, each with its file's name.
+fn logs_in(dir: &Path) -> Result<Vec<String>> {
+    const LINES: usize = 10;
+    let mut logs = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "log") {
+            let text = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
+            let lines: Vec<&str> = text.lines().collect();
+            let last = &lines[lines.len().saturating_sub(LINES)..];
+            logs.push(format!("{}:\n{}", path.display(), last.join("\n")));
+        }
+    }
+    Ok(logs)
 }
 
 /// Every file of the library is played here, and the published schema is the one that the types give.

@@ -211,10 +211,14 @@ async fn read(stream: Option<impl AsyncReadExt + Unpin>) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// A text in one line, shortened.
+/// A text in one line, without control characters, shortened.
 #[must_use]
 pub(super) fn detail(text: &str) -> Option<String> {
-    let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let words = text
+        .split(|letter: char| letter.is_whitespace() || letter.is_control())
+        .filter(|word| !word.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ");
     if words.is_empty() {
         return None;
     }

@@ -438,7 +438,7 @@ async fn with_services(
         }
     });
     Arc::clone(&player)
-        .play(job.plan.steps.clone(), false)
+        .play(job.plan.steps.clone(), false, Arc::new(|| {}))
         .await;
     sampling.abort();
     // Whatever is left of faults: those that no step heals, and those of steps that were given up.

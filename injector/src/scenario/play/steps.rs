@@ -53,6 +53,10 @@ enum Stage {
     Ended,
 }
 
+/// What a step calls as soon as it has begun: with a fault, when that is in force; with a group, when its first step
+/// has. More calls mean nothing.
+pub(super) type Begun = Arc<dyn Fn() + Send + Sync>;
+
 /// What a step has to say when it ends.
 type Outcomes = Result<Option<String>, String>;
 
@@ -63,11 +67,12 @@ impl Player {
         self: Arc<Self>,
         steps: Vec<Planned>,
         together: bool,
+        begun: Begun,
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        Box::pin(self.play_all(steps, together))
+        Box::pin(self.play_all(steps, together, begun))
     }
 
-    async fn play_all(self: Arc<Self>, steps: Vec<Planned>, together: bool) {
+    async fn play_all(self: Arc<Self>, steps: Vec<Planned>, together: bool, any: Begun) {
         let start = Instant::now();
         let stages: Vec<watch::Sender<Stage>> = steps
             .iter()
@@ -78,17 +83,24 @@ impl Player {
         for (index, step) in steps.into_iter().enumerate() {
             let player = Arc::clone(&self);
             let stages = Arc::clone(&stages);
+            let any = Arc::clone(&any);
             tasks.spawn(async move {
                 let _ended = EndsAtLast(&stages, index);
+                let begun: Begun = {
+                    let stages = Arc::clone(&stages);
+                    Arc::new(move || {
+                        set(&stages, index, Stage::Begun);
+                        any();
+                    })
+                };
                 let due = player.due(&step, index, start, together, &stages).await;
                 let outcome = match due {
                     Due::Now => {
-                        set(&stages, index, Stage::Begun);
                         player.world.recorder.write(Event::StepStarted {
                             step: step.path.clone(),
                             what: step.words(),
                         });
-                        Arc::clone(&player).step(&step).await
+                        Arc::clone(&player).step(&step, &begun).await
                     }
                     Due::Never(problem) => Err(problem),
                     Due::Stopped => return,
@@ -184,9 +196,19 @@ impl Player {
         }
     }
 
-    async fn step(self: Arc<Self>, step: &Planned) -> Outcomes {
+    async fn step(self: Arc<Self>, step: &Planned, begun: &Begun) -> Outcomes {
+        if !matches!(
+            step.action,
+            Action::Rules { .. }
+                | Action::AskedPartition { .. }
+                | Action::Ramp { .. }
+                | Action::Pause(_)
+                | Action::Group { .. }
+        ) {
+            begun();
+        }
         match &step.action {
-            Action::Rules { rules, words } => self.fault(step, words, rules.clone()).await,
+            Action::Rules { rules, words } => self.fault(step, words, rules.clone(), begun).await,
             Action::AskedPartition { partition, seed } => {
                 let (who, cut) = self.asked(partition, *seed).await?;
                 let rules = plan::partition_rules(
@@ -199,9 +221,10 @@ impl Player {
                 );
                 let words = format!("partition {}", cut.words);
                 if rules.is_empty() {
+                    begun();
                     self.pause_for(step.lasts.unwrap_or_default()).await;
                 } else {
-                    self.fault(step, &words, rules).await?;
+                    self.fault(step, &words, rules, begun).await?;
                 }
                 Ok(Some(format!("{who}: {words}")))
             }
@@ -209,7 +232,7 @@ impl Player {
                 values,
                 each,
                 words,
-            } => self.ramp(step, values, *each, words).await,
+            } => self.ramp(step, values, *each, words, begun).await,
             Action::Heal(paths) => {
                 let healed = async {
                     if paths.is_empty() {
@@ -226,7 +249,7 @@ impl Player {
                 })
             }
             Action::Run { run, on } => self.run(run, on.as_deref()).await,
-            Action::Pause(which) => self.pause(step, which).await,
+            Action::Pause(which) => self.pause(step, which, begun).await,
             Action::Resume(which) => self.resume(which).await,
             Action::Kill { processes, signal } => {
                 let killed = self.kill(processes, signal).await?;
@@ -242,7 +265,7 @@ impl Player {
                 Ok(None)
             }
             Action::Group { together, steps } => {
-                let inner = Arc::clone(&self).play(steps.clone(), *together);
+                let inner = Arc::clone(&self).play(steps.clone(), *together, Arc::clone(begun));
                 let Some(lasts) = step.lasts else {
                     inner.await;
                     return Ok(None);
@@ -270,12 +293,19 @@ impl Player {
     }
 
     /// A fault, and its end where it has one of its own.
-    async fn fault(&self, step: &Planned, words: &str, rules: Vec<RuleSpec>) -> Outcomes {
+    async fn fault(
+        &self,
+        step: &Planned,
+        words: &str,
+        rules: Vec<RuleSpec>,
+        begun: &Begun,
+    ) -> Outcomes {
         let mut healed = self
             .faults
             .start(&step.path, words, rules, step.expect_effect)
             .await
             .map_err(|error| error.to_string())?;
+        begun();
         let Some(lasts) = step.lasts else {
             return Ok(None);
         };
@@ -297,6 +327,7 @@ impl Player {
         values: &[(String, Vec<RuleSpec>)],
         each: Duration,
         words: &str,
+        begun: &Begun,
     ) -> Outcomes {
         let start = Instant::now();
         let mut healed = None;
@@ -309,6 +340,7 @@ impl Player {
                         .start(&step.path, words, rules.clone(), step.expect_effect)
                         .await
                         .map_err(failed)?;
+                    begun();
                     healed = Some(receiver);
                 }
                 Some(_) => self
@@ -402,19 +434,20 @@ impl Player {
         }
     }
 
-    async fn pause(&self, step: &Planned, which: &Processes) -> Outcomes {
-        let begun = Instant::now();
+    async fn pause(&self, step: &Planned, which: &Processes, begun: &Begun) -> Outcomes {
+        let start = Instant::now();
         let paused = processes::pause(&self.world, &self.services, which).await?;
         self.world.recorder.write(Event::Paused {
             step: step.path.clone(),
             what: plan::which(which),
             processes: paused.count(),
         });
-        self.locked().insert(step.path.clone(), (paused, begun));
+        self.locked().insert(step.path.clone(), (paused, start));
+        begun();
         let Some(lasts) = step.lasts else {
             return Ok(None);
         };
-        self.pause_for(lasts.saturating_sub(begun.elapsed())).await;
+        self.pause_for(lasts.saturating_sub(start.elapsed())).await;
         self.resume_where(|paused| paused == step.path)
     }
 
@@ -485,9 +518,14 @@ fn is_within(step: &str, path: &str) -> bool {
         .is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '[']))
 }
 
+/// A step comes no less far than it has come.
 fn set(stages: &[watch::Sender<Stage>], index: usize, stage: Stage) {
     if let Some(sender) = stages.get(index) {
-        sender.send_replace(stage);
+        sender.send_if_modified(|now| {
+            let further = stage > *now;
+            *now = stage.max(*now);
+            further
+        });
     }
 }
 
