@@ -20,3 +20,4 @@ pub mod rules;
 pub mod scenario;
 pub mod ssh;
 mod undo;
+pub mod words;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use crate::build::{self, Built, Profile};
@@ -204,9 +204,6 @@ pub(crate) fn scenario(
     file: &Path,
     reports: Option<&Path>,
 ) -> Result<ExitCode> {
-    const FILE: &str = "/root/scenario.yaml";
-    const REPORTS: &str = "/run/report";
-    const LOG: &str = "/run/report/run.jsonl";
     /// The services are not where a shell would look for them.
     const SCRIPT: &str = "export PATH=\"$(echo $INJECTOR_SERVICES/usr/lib/postgresql/*/bin):\
                           $INJECTOR_SERVICES/usr/bin:$INJECTOR_SERVICES/usr/sbin:$PATH\" \
@@ -226,6 +223,13 @@ pub(crate) fn scenario(
         return Ok(ExitCode::from(2));
     }
     let kernel = vm::kernel(line)?;
+    let name = file.file_stem().unwrap_or(OsStr::new("scenario"));
+    let folder = reports.map_or_else(|| Path::new("injector-report").join(name), Path::to_owned);
+    // In the machine they have the paths that they have here, so that what it prints is true here too.
+    let absolute = |path: &Path| {
+        std::path::absolute(path).with_context(|| format!("looking at {}", path.display()))
+    };
+    let (inside, folder) = (absolute(file)?, absolute(&folder)?);
     let command = [
         OsStr::new("/bin/sh"),
         OsStr::new("-c"),
@@ -233,9 +237,9 @@ pub(crate) fn scenario(
         OsStr::new("sh"),
         injector.as_os_str(),
         OsStr::new("run"),
-        OsStr::new(FILE),
+        inside.as_os_str(),
         OsStr::new("--report"),
-        OsStr::new(REPORTS),
+        folder.as_os_str(),
     ];
     let machine = Machine {
         kernel: &kernel,
@@ -244,17 +248,14 @@ pub(crate) fn scenario(
         command: command.map(OsStr::to_owned).to_vec(),
         folder: PathBuf::from("/root"),
         environment: vec![],
-        files: vec![(PathBuf::from(FILE), file.to_owned())],
-        back: Some(PathBuf::from(LOG)),
+        files: vec![(inside.clone(), file.to_owned())],
+        back: Some(folder.join("run.jsonl")),
         interactive: false,
     };
     eprintln!("kernel {} ({})", kernel.line, kernel.version);
     let ended = machine.run(&setup, &built, &[], |line| println!("{line}"))?;
     let code = ended.verdict(&kernel)?;
     if let Some(log) = ended.back.filter(|log| !log.is_empty()) {
-        let name = file.file_stem().unwrap_or(OsStr::new("scenario"));
-        let folder =
-            reports.map_or_else(|| Path::new("injector-report").join(name), Path::to_owned);
         fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
         let path = folder.join("run.jsonl");
         fs::write(&path, log).with_context(|| format!("writing {}", path.display()))?;
@@ -264,9 +265,11 @@ pub(crate) fn scenario(
             .stdout(Stdio::null())
             .status()
             .context("making the reports")?;
-        if made.success() {
-            println!("reports: {}", folder.display());
-        }
+        ensure!(
+            made.success(),
+            "making the reports of {} failed ({made})",
+            path.display()
+        );
     }
     Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from))
 }

@@ -357,9 +357,12 @@ impl Machine<'_> {
         let mut image = Image::new();
         let mut environment = run::environment(setup, built)?;
         environment.extend(self.environment.iter().cloned());
-        if !self.interactive && !std::io::stdout().is_terminal() {
-            // The guest's console looks like a terminal, whatever its lines go to here.
-            environment.push(("NO_COLOR", OsString::from("1")));
+        if !self.interactive {
+            // The guest's console looks like a terminal, and we pass it on line by line.
+            environment.push(("TERM", OsString::from("dumb")));
+            if !std::io::stdout().is_terminal() {
+                environment.push(("NO_COLOR", OsString::from("1")));
+            }
         }
         let libraries = setup
             .services()

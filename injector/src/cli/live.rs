@@ -6,13 +6,16 @@ use std::{
     time::Duration,
 };
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::output::{self, Output, Tone, toned};
-use crate::scenario::{
-    file::Scenario,
-    plan::Plan,
-    record::{Checked, Event, Record},
+use crate::{
+    scenario::{
+        file::Scenario,
+        plan::Plan,
+        record::{Checked, Event, Record},
+    },
+    words,
 };
 
 /// What is shown of a run.
@@ -47,7 +50,8 @@ impl Live {
     /// Nothing has happened yet.
     pub(super) fn new(output: Output, plan: &Plan, scenario: &Scenario) -> Self {
         let bars = (output.terminal && !output.json).then(|| {
-            let all = MultiProgress::new();
+            // What else is printed of a run goes there, too.
+            let all = MultiProgress::with_draw_target(ProgressDrawTarget::stdout());
             let line = |template: &str| {
                 let bar = all.add(ProgressBar::new_spinner());
                 if let Ok(style) = ProgressStyle::with_template(template) {
@@ -106,7 +110,7 @@ impl Live {
             }
             if let Some(line) = line {
                 // Lines that a terminal does not take are in the log.
-                let _ = bars.all.println(output::coloured(&line));
+                let _ = bars.all.println(output::for_stdout(&line));
             }
         } else if let Some(line) = line
             && !self.output.json
@@ -212,7 +216,7 @@ impl State {
                 format!(
                     "{} is healed, {} met",
                     ended.step,
-                    output::count(ended.matched_packets, "packet")
+                    words::count(ended.matched_packets, "packet")
                 )
             }
             Event::Paused {

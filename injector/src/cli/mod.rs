@@ -27,6 +27,7 @@ mod scenario;
 mod session;
 mod show;
 mod stats;
+mod verdict;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 

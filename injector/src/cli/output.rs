@@ -87,7 +87,9 @@ impl Output {
     /// Looks at standard output.
     #[must_use]
     pub(super) fn new(json: bool) -> Output {
-        let terminal = io::stdout().is_terminal();
+        // One without cursor movement is no terminal for us (terminfo's `dumb`).
+        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        let terminal = io::stdout().is_terminal() && !dumb;
         Output {
             json,
             terminal,
@@ -126,6 +128,16 @@ impl Output {
         } else {
             table.plain()
         }
+    }
+}
+
+/// A text with its tones where standard output shows colour, for what prints by itself.
+#[must_use]
+pub(super) fn for_stdout(text: &str) -> String {
+    let text = coloured(text);
+    match anstream::AutoStream::choice(&io::stdout()) {
+        anstream::ColorChoice::Never => anstream::adapter::strip_str(&text).to_string(),
+        _ => text,
     }
 }
 
@@ -350,30 +362,6 @@ fn breakable(cell: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// `1 packet`, `2 packets`, `1,204,113 packets`.
-#[must_use]
-pub(super) fn count(number: u64, thing: &str) -> String {
-    if number == 1 {
-        format!("1 {thing}")
-    } else {
-        format!("{} {thing}s", grouped(number))
-    }
-}
-
-/// A number with its thousands apart: `1,204,113`.
-#[must_use]
-pub(super) fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (at, digit) in digits.char_indices() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 /// Bytes with a decimal unit: `999 B`, `1.5 kB`.
 #[must_use]
 pub(super) fn bytes(number: u64) -> String {
@@ -516,7 +504,5 @@ mod tests {
         assert_eq!(time(192.0), "3m12s");
         assert_eq!(time(7500.0), "2h5m");
         assert_eq!(time(360_000.0), "4d4h");
-        assert_eq!(count(1, "packet"), "1 packet");
-        assert_eq!(count(0, "packet"), "0 packets");
     }
 }

@@ -2,14 +2,14 @@
 
 use std::fmt::Write;
 
-use super::output::{self, Tone, bytes, count, percent, toned};
+use super::output::{self, Tone, bytes, percent, toned};
 use crate::{
     protocol::{
         AddResult, FlushStatus, ProtectedEntry, RuleCounters, RuleState, RuleStats, RuleStatus,
         TargetRef,
     },
-    realised::{Realised, Spread, Unit},
-    rules::{RuleSpec, text::rate},
+    rules::RuleSpec,
+    words::{count, grouped, realised},
 };
 
 /// A state with its tone.
@@ -189,69 +189,6 @@ pub(super) fn cut(counters: &RuleCounters) -> String {
     )
 }
 
-/// `loss: asked 5.00%, realised 4.97% of 1,204,113 wire packets`; times with how they are spread, in milliseconds:
-/// `delay: asked 50.000 ms, realised 50.012 ms on average of 1,204 wire packets (p50 50.1, p90 50.2, p99 50.4, max
-/// 51.0)`.
-#[must_use]
-pub(super) fn realised(one: &Realised) -> String {
-    let number = |value: f64| match one.unit {
-        Unit::Share => format!("{:.2}%", value * 100.0),
-        Unit::Seconds => format!("{:.3} ms", value * 1e3),
-        Unit::BitsPerSecond => bits(value),
-    };
-    let mean = match one.unit {
-        Unit::Share => " of",
-        Unit::Seconds => " on average of",
-        Unit::BitsPerSecond => " while busy with",
-    };
-    let most = match one.fault.as_str() {
-        "queue" | "stall" => " at most",
-        _ => "",
-    };
-    let asked = format!("{}: asked {}{most}", one.fault, number(one.asked));
-    match one.realised {
-        Some(value) => format!(
-            "{asked}, realised {}{mean} {}{}",
-            number(value),
-            count(one.packets, "wire packet"),
-            one.spread.as_ref().map_or_else(String::new, spread)
-        ),
-        None => format!("{asked}, no packet yet"),
-    }
-}
-
-/// ` (p50 50.1, p90 50.2, p99 50.4, max 51.0)`, in milliseconds.
-fn spread(spread: &Spread) -> String {
-    let number = |seconds: f64| {
-        let value = seconds * 1e3;
-        let decimals = match value {
-            100.0.. => 0,
-            10.0.. => 1,
-            1.0.. => 2,
-            _ => 3,
-        };
-        format!("{value:.decimals$}")
-    };
-    format!(
-        " (p50 {}, p90 {}, p99 {}, max {})",
-        number(spread.p50),
-        number(spread.p90),
-        number(spread.p99),
-        number(spread.max)
-    )
-}
-
-/// A rate that was measured.
-fn bits(value: f64) -> String {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "rates are not negative, and the cast saturates"
-    )]
-    let whole = value.round() as u64;
-    rate::format_rounded(whole)
-}
-
 /// What a full queue took and what was marked: `queue: lost 12 of 412 wire packets (2.91%), marked 30`. `None` where
 /// nothing was.
 #[must_use]
@@ -268,10 +205,10 @@ pub(super) fn queue(counters: &RuleCounters) -> Option<String> {
     let all = queued_packets + overflow_packets;
     Some(format!(
         "queue: lost {} of {} ({}), marked {}",
-        output::grouped(overflow_packets),
+        grouped(overflow_packets),
         count(all, "wire packet"),
         percent(overflow_packets, all),
-        output::grouped(marked_packets)
+        grouped(marked_packets)
     ))
 }
 
@@ -434,42 +371,6 @@ mod tests {
             "web: cut: cut 12 of 120 matching packets (10.0%, 1.2 kB) in 1 flow; 3 passed because \
              the lease had lapsed"
         );
-    }
-
-    #[test]
-    fn realised_in_words() {
-        let mut one = Realised {
-            fault: "delay".into(),
-            unit: Unit::Seconds,
-            asked: 0.05,
-            realised: Some(0.050_012),
-            packets: 1_204_113,
-            spread: Some(Spread {
-                p50: 0.050_1,
-                p90: 0.123_4,
-                p99: 0.001_234,
-                max: 0.000_5,
-            }),
-        };
-        assert_eq!(
-            realised(&one),
-            "delay: asked 50.000 ms, realised 50.012 ms on average of 1,204,113 wire packets \
-             (p50 50.1, p90 123, p99 1.23, max 0.500)"
-        );
-        one = Realised {
-            fault: "rate".into(),
-            unit: Unit::BitsPerSecond,
-            asked: 1e7,
-            realised: Some(9_987_000.0),
-            packets: 1,
-            spread: None,
-        };
-        assert_eq!(
-            realised(&one),
-            "rate: asked 10mbit, realised 9.99mbit while busy with 1 wire packet"
-        );
-        one.realised = None;
-        assert_eq!(realised(&one), "rate: asked 10mbit, no packet yet");
     }
 
     #[test]

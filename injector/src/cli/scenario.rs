@@ -24,6 +24,7 @@ use super::{
     live::Live,
     output::{self, Table, Tone, toned},
     session::{self, Session},
+    verdict,
 };
 use crate::{
     lab, netlink,
@@ -35,6 +36,7 @@ use crate::{
         record::{Record, RunEnded, Verdict},
         report,
     },
+    words,
 };
 
 /// Where reports go that nothing else is said about: a directory for each scenario in this one.
@@ -117,7 +119,7 @@ impl ReportArgs {
         fs::create_dir_all(&dir).map_err(failed)?;
         let files = report::write(&records, &dir).map_err(failed)?;
         session.output.either(&json!({ "reports": files }), || {
-            report::text(session.output.terminal, &records, &files)
+            verdict::text(session.output, &records, &files)
         })?;
         Ok(Exit::Success)
     }
@@ -149,8 +151,8 @@ impl ValidateArgs {
                         text,
                         "{shown}: {} ({}, {})",
                         toned(Tone::Good, "ok"),
-                        output::count(steps as u64, "step"),
-                        output::count(read.scenario.checks.len() as u64, "check"),
+                        words::count(steps as u64, "step"),
+                        words::count(read.scenario.checks.len() as u64, "check"),
                     );
                     Vec::new()
                 }
@@ -416,7 +418,7 @@ impl RunArgs {
                 "log": log,
                 "reports": files,
             }),
-            || report::text(session.output.terminal, &records, &files),
+            || verdict::text(session.output, &records, &files),
         )?;
         Ok(match ended {
             RunEnded {

@@ -7,12 +7,15 @@ use jiff::Timestamp;
 
 use super::{
     exit::Failure,
-    output::{Output, Tone, age, bytes, count, time, toned},
+    output::{Output, Tone, age, bytes, time, toned},
     report,
     session::{self, Session},
     stats,
 };
-use crate::protocol::{Call, RuleCounters, ShowArgs as Request, ShowResult};
+use crate::{
+    protocol::{Call, RuleCounters, ShowArgs as Request, ShowResult},
+    words::{self, count},
+};
 
 /// Show everything about one rule
 #[derive(Debug, Args)]
@@ -102,7 +105,7 @@ fn text(output: Output, result: &ShowResult, now: Timestamp) -> String {
         counters_lines(&mut text, name, counters, now);
     }
     for one in &stats.realised {
-        let _ = writeln!(text, "{:12} {}", "", report::realised(one));
+        let _ = writeln!(text, "{:12} {}", "", words::realised(one));
     }
     if let Some(queue) = report::queue(&report::total(stats)) {
         let _ = writeln!(text, "{:12} {queue}", "");

@@ -9,13 +9,14 @@ use serde_json::json;
 
 use super::{
     exit::{Exit, Failure},
-    output::{Output, Table, Tone, age, bytes, grouped, percent, toned},
+    output::{Output, Table, Tone, age, bytes, percent, toned},
     report,
     session::Session,
 };
 use crate::{
     protocol::{Call, LaneLosses, NoArgs, RuleStats, StatsResult, TableUse, TargetStats},
     rules::text::duration,
+    words::{self, grouped},
 };
 
 /// Show what rules were asked to do, and what they did
@@ -362,7 +363,7 @@ fn rules(output: Output, rules: &[RuleStats], now: Timestamp) -> String {
             age(total.last_at, now),
         ]);
         for one in &rule.realised {
-            let _ = writeln!(lines, "{}: {}", rule.name, report::realised(one));
+            let _ = writeln!(lines, "{}: {}", rule.name, words::realised(one));
         }
         if let Some(queue) = report::queue(&total) {
             let _ = writeln!(lines, "{}: {queue}", rule.name);

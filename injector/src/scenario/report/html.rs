@@ -7,7 +7,6 @@ use maud::{DOCTYPE, Markup, PreEscaped, html as markup};
 use super::{
     plots::{self, HUES, Line},
     story::{CheckStory, Fault, Story},
-    text::realised,
 };
 use crate::{
     protocol::{RuleCounters, RuleStats},
@@ -15,6 +14,7 @@ use crate::{
         file::Kind,
         record::{Record, Verdict},
     },
+    words::realised,
 };
 
 /// Why a report could not be made.

@@ -1,18 +1,17 @@
-//! Reports of a run, each a pure function of its records: for the terminal, for CI systems (`JUnit` XML), and for people
-//! (one HTML file).
+//! Reports of a run, each a pure function of its records: for CI systems (`JUnit` XML), and for people (one HTML file).
+//! The one for the terminal is in `cli::verdict`.
 
 mod html;
 mod junit;
 mod plots;
-mod story;
-mod text;
+pub(crate) mod story;
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 
-pub use self::{html::html, junit::junit, text::text};
+pub use self::{html::html, junit::junit};
 use super::record::Record;
 
 /// Writes the reports into a directory, and says what their files are.

@@ -8,44 +8,44 @@ use crate::scenario::record::{
 };
 
 /// A run, in the order in which it is told.
-pub(super) struct Story<'a> {
-    pub(super) started: Option<&'a RunStarted>,
-    pub(super) ended: RunEnded,
+pub(crate) struct Story<'a> {
+    pub(crate) started: Option<&'a RunStarted>,
+    pub(crate) ended: RunEnded,
     /// Time of the last record, in seconds.
-    pub(super) length: f64,
-    pub(super) steady: Option<f64>,
-    pub(super) healed: Option<f64>,
-    pub(super) faults: Vec<Fault<'a>>,
-    pub(super) checks: Vec<CheckStory<'a>>,
-    pub(super) steps: Vec<StepStory<'a>>,
-    pub(super) samples: Vec<(f64, &'a Sample)>,
+    pub(crate) length: f64,
+    pub(crate) steady: Option<f64>,
+    pub(crate) healed: Option<f64>,
+    pub(crate) faults: Vec<Fault<'a>>,
+    pub(crate) checks: Vec<CheckStory<'a>>,
+    pub(crate) steps: Vec<StepStory<'a>>,
+    pub(crate) samples: Vec<(f64, &'a Sample)>,
     /// What else happened, in order.
-    pub(super) remarks: Vec<(f64, String)>,
+    pub(crate) remarks: Vec<(f64, String)>,
 }
 
 /// A fault: rules that act, or processes that stand still.
-pub(super) struct Fault<'a> {
-    pub(super) step: &'a str,
-    pub(super) what: String,
-    pub(super) from: f64,
-    pub(super) to: f64,
-    pub(super) started: Option<&'a FaultStarted>,
-    pub(super) ended: Option<&'a FaultEnded>,
+pub(crate) struct Fault<'a> {
+    pub(crate) step: &'a str,
+    pub(crate) what: String,
+    pub(crate) from: f64,
+    pub(crate) to: f64,
+    pub(crate) started: Option<&'a FaultStarted>,
+    pub(crate) ended: Option<&'a FaultEnded>,
 }
 
 /// A check and its answers.
-pub(super) struct CheckStory<'a> {
-    pub(super) info: &'a CheckInfo,
-    pub(super) answers: Vec<(f64, &'a Checked)>,
+pub(crate) struct CheckStory<'a> {
+    pub(crate) info: &'a CheckInfo,
+    pub(crate) answers: Vec<(f64, &'a Checked)>,
 }
 
 impl CheckStory<'_> {
-    pub(super) fn failed(&self) -> usize {
+    pub(crate) fn failed(&self) -> usize {
         self.answers.iter().filter(|(_, answer)| !answer.ok).count()
     }
 
     /// From when to when it failed without a break, and why first.
-    pub(super) fn outages(&self) -> Vec<(f64, f64, Option<&str>)> {
+    pub(crate) fn outages(&self) -> Vec<(f64, f64, Option<&str>)> {
         let mut found: Vec<(f64, f64, Option<&str>)> = Vec::new();
         let mut failing = false;
         for (at, answer) in &self.answers {
@@ -67,7 +67,7 @@ impl CheckStory<'_> {
     }
 
     /// Median and 99th percentile of the latency of answers that held, in milliseconds.
-    pub(super) fn latency(&self) -> Option<(f64, f64)> {
+    pub(crate) fn latency(&self) -> Option<(f64, f64)> {
         let mut all: Vec<f64> = self
             .answers
             .iter()
@@ -84,17 +84,17 @@ impl CheckStory<'_> {
 }
 
 /// A step.
-pub(super) struct StepStory<'a> {
-    pub(super) path: &'a str,
-    pub(super) what: &'a str,
-    pub(super) from: f64,
-    pub(super) to: Option<f64>,
-    pub(super) failure: Option<&'a str>,
-    pub(super) detail: Option<&'a str>,
+pub(crate) struct StepStory<'a> {
+    pub(crate) path: &'a str,
+    pub(crate) what: &'a str,
+    pub(crate) from: f64,
+    pub(crate) to: Option<f64>,
+    pub(crate) failure: Option<&'a str>,
+    pub(crate) detail: Option<&'a str>,
 }
 
 impl<'a> Story<'a> {
-    pub(super) fn of(records: &'a [Record]) -> Self {
+    pub(crate) fn of(records: &'a [Record]) -> Self {
         let length = records.last().map_or(0.0, |record| record.t);
         let mut story = Self {
             started: None,
