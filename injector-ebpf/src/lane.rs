@@ -7,13 +7,13 @@
 //! target ◀──────────────────────────────────────────────── carrier ◀──────┘
 //! ```
 //!
-//! A clone has no socket, so that a packet that is held does not count against what its sender may have under
-//! way. From the hook to the line everything is one call chain on one CPU; from fq on a packet is known by the
-//! mark in its `tc_index` ([`lane_mark`]), which clones, redirects, segmentation and fq leave alone. Which rules hold
-//! it ([`holders`]) is in the last eight of the 20 bytes of `cb` that a TC program may write: of these the qdisc has
-//! the first twelve at most (`struct fq_skb_cb`, `net/sched/sch_fq.c`: eight in 6.1, nine from 6.7 on), copies of the skb
-//! take them along (`__copy_skb_header`, net/core/skbuff.c), and on the way through the VLAN device nobody else
-//! touches them (`vlan_dev_hard_start_xmit`, `net/8021q/vlan_dev.c`, 6.1).
+//! A clone has no socket, so that a packet that is held does not count against what its sender may have under way. From
+//! the hook to the line everything is one call chain on one CPU; from fq on a packet is known by the mark in its
+//! `tc_index` ([`lane_mark`]), which clones, redirects, segmentation and fq leave alone. Which rules hold it
+//! ([`holders`]) is in the last eight of the 20 bytes of `cb` that a TC program may write: of these the qdisc has the
+//! first twelve at most (`struct fq_skb_cb`, `net/sched/sch_fq.c`: eight in 6.1, nine from 6.7 on), copies of the skb
+//! take them along (`__copy_skb_header`, net/core/skbuff.c), and on the way through the VLAN device nobody else touches
+//! them (`vlan_dev_hard_start_xmit`, `net/8021q/vlan_dev.c`, 6.1).
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_STOLEN, TC_ACT_UNSPEC},
@@ -122,8 +122,9 @@ pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
     ) else {
         return TC_ACT_UNSPEC;
     };
-    // SAFETY: map memory; the work and the counters are this CPU's. Packets that fq lets go meanwhile can come to a hook
-    // too, within the call below: what they write is put right behind them, for the outer packet's further segments.
+    // SAFETY: map memory; the work and the counters are this CPU's. Packets that fq lets go meanwhile can come to a
+    // hook too, within the call below: what they write is put right behind them, for the outer packet's further
+    // segments.
     let outer = unsafe { *entry };
     // SAFETY: as above.
     let (packets, device) = unsafe {

@@ -4,9 +4,9 @@
 //! action. Maps are in [`tables`], reading of the skb in [`skb`], turning over of its bits in [`corrupt`], what becomes
 //! of rejected packets in [`reject`].
 //!
-//! A packet can need more than one pass: because its headers had to be pulled into the linear part first, or
-//! because it leaves through a loopback device and is decided for arrival as well, or because it is answered. Each pass is a run of its
-//! own, by a tail call.
+//! A packet can need more than one pass: because its headers had to be pulled into the linear part first, or because it
+//! leaves through a loopback device and is decided for arrival as well, or because it is answered. Each pass is a run
+//! of its own, by a tail call.
 //!
 //! Both are `cls_bpf` filters in direct-action mode on clsact. To pass a packet they return `TC_ACT_UNSPEC`:
 //! filters behind them still see it, and `tc_index` is left alone (`TC_ACT_OK` would overwrite it from

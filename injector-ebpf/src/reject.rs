@@ -12,9 +12,9 @@
 //! field is known to the kernel by its place: a reset takes it over, an ICMP error has its own headers put in front
 //! of it, and a checksum that reckons with what the field will hold.
 //!
-//! With `CHECKSUM_COMPLETE` the kernel has the sum of all bytes behind the link layer. It becomes `CHECKSUM_NONE`
-//! where the packet is cut off or lengthened (`__skb_trim_rcsum`, `__skb_grow_rcsum`, include/linux/skbuff.h), and is
-//! kept right by `BPF_F_RECOMPUTE_CSUM` where it is not. `CHECKSUM_UNNECESSARY` is taken off by `bpf_skb_adjust_room`, or
+//! With `CHECKSUM_COMPLETE` the kernel has the sum of all bytes behind the link layer. It becomes `CHECKSUM_NONE` where
+//! the packet is cut off or lengthened (`__skb_trim_rcsum`, `__skb_grow_rcsum`, include/linux/skbuff.h), and is kept
+//! right by `BPF_F_RECOMPUTE_CSUM` where it is not. `CHECKSUM_UNNECESSARY` is taken off by `bpf_skb_adjust_room`, or
 //! stays, which says the truth: what is written here is right.
 
 use aya_ebpf::{

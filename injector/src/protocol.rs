@@ -815,7 +815,8 @@ pub struct RuleCounters {
 }
 
 impl AddAssign for RuleCounters {
-    /// Sums counts; of the longest times the longer one stays; the first time becomes the earlier one that is set, the last the later one.
+    /// Sums counts; of the longest times the longer one stays; the first time becomes the earlier one that is set, the
+    /// last the later one.
     fn add_assign(&mut self, other: Self) {
         self.matched_packets += other.matched_packets;
         self.matched_bytes += other.matched_bytes;

@@ -16,7 +16,8 @@ use crate::{
 /// One fault, as asked and as it turned out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Realised {
-    /// `loss`, `corrupt`, `duplicate`, `delay`, `reorder`, `stall`, `rate`, or `queue` for the waits in front of a line.
+    /// `loss`, `corrupt`, `duplicate`, `delay`, `reorder`, `stall`, `rate`, or `queue` for the waits in front of a
+    /// line.
     pub fault: String,
     /// What `asked` and `realised` are.
     pub unit: Unit,

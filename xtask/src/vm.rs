@@ -242,7 +242,8 @@ impl Machine<'_> {
         })
     }
 
-    /// Reads the console until the machine has ended or its time is up. Returns what went wrong, and whether it came up.
+    /// Reads the console until the machine has ended or its time is up. Returns what went wrong, and whether it came
+    /// up.
     fn watch(
         &self,
         mut child: Child,

@@ -258,8 +258,8 @@ fn super_packets_lose_single_packets() -> Result<()> {
     Ok(())
 }
 
-/// Sends the numbers up to `count` and returns those that did not arrive. `expected` is how many from one number to another
-/// there are at least to wait for.
+/// Sends the numbers up to `count` and returns those that did not arrive. `expected` is how many from one number to
+/// another there are at least to wait for.
 fn lost_of_super_packets(
     path: &Timed,
     count: u32,
