@@ -334,7 +334,7 @@ const SCENARIOS: &str = "scenarios";
 pub(crate) const IN_MACHINES: [&str; 4] = [LANE, "program", SCENARIOS, "lab"];
 
 /// How long one test program may take in emulation.
-const MACHINE_DEADLINE: Duration = Duration::from_mins(40);
+const MACHINE_DEADLINE: Duration = Duration::from_mins(50);
 
 /// Machines at one time. Each keeps one of two CPUs busy, most of the time.
 const MACHINES: usize = 2;

@@ -37,12 +37,12 @@ const DELAY: &str = "delay 50ms";
 /// Of what gets through netem so much gets through us, in the median.
 const SHARE: f64 = 0.9;
 /// What is offered at most, in bits per second.
-const OFFERED: f64 = 40e6;
+const OFFERED: f64 = 20e6;
 /// What is offered at least: the wrong model, which lets two packets of up to 64 KiB be under way, gets less through.
-const LEAST: f64 = 15e6;
+const LEAST: f64 = 5e6;
 /// Of what a machine carries one wire packet at a time so much is offered: what lacks is then the delay's doing, and
 /// not the machine's, which may be an emulated one.
-const LOAD: f64 = 0.4;
+const LOAD: f64 = 0.25;
 /// Rounds, alternating between netem and us.
 const ROUNDS: u32 = 3;
 /// A machine that is busy with something else spoils some rounds: there are so many times more before a failure.
