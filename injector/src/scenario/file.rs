@@ -249,7 +249,7 @@ pub struct Step {
     pub at: Option<Period>,
     /// It begins when another step of its group has ended (or begun), whatever has become of the step before it.
     pub after: Option<After>,
-    /// It begins when a check turns true or false, whatever has become of the step before it.
+    /// Once it could begin it waits until a check has turned true or false.
     pub when: Option<When>,
     /// How long the fault lasts, or the process is paused; of a killed service, when it is started again; of a group,
     /// when all of it ends, and faults that it has begun are healed.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     draw::Draw,
     file::{Kill, OneOrMany, Partition, Period, Processes, Step},
-    shape::Shape,
+    shape::{OneWay, Shape},
     vocabulary::{Context, Profile, within},
 };
 use crate::rules::Problem;
@@ -34,6 +34,10 @@ pub struct Nemesis {
     /// How long it lasts at most; all times between are equally likely.
     #[serde(default = "longest")]
     pub longest: Period,
+    /// Among these hosts: partitions are of them, profiles befall one of them, a majority is one of them. All hosts
+    /// where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hosts: Option<Vec<String>>,
     /// A majority of the hosts is never touched by crashes and pauses, and never without each other by a partition.
     #[serde(default)]
     pub keep_majority: bool,
@@ -60,6 +64,9 @@ pub struct Weighted {
     /// A partition of this shape.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub partition: Option<Shape>,
+    /// With a partition: it is in one direction only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub one_way: Option<OneWay>,
     /// Services are paused: some of these, drawn each time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pause: Option<OneOrMany>,
@@ -133,6 +140,8 @@ fn one(
         return Step {
             partition: Some(Partition {
                 shape,
+                hosts: nemesis.hosts.clone(),
+                one_way: fault.one_way,
                 ..Partition::default()
             }),
             lasts,
@@ -142,7 +151,7 @@ fn one(
         };
     }
     if let Some(profile) = &fault.profile {
-        let host = draw.choose(context.hosts).cloned();
+        let host = draw.choose(among(nemesis, context)).cloned();
         return Step {
             profile: Some(profile.clone()),
             on: host.map(OneOrMany::One),
@@ -158,7 +167,7 @@ fn one(
     let mut names = names.list().to_vec();
     draw.shuffle(&mut names);
     let most = if nemesis.keep_majority {
-        names.len().min(minority(context.hosts.len()))
+        names.len().min(minority(among(nemesis, context).len()))
     } else {
         names.len()
     };
@@ -190,6 +199,11 @@ fn one(
     }
 }
 
+/// The hosts that it is about.
+fn among<'a>(nemesis: &'a Nemesis, context: &'a Context<'_>) -> &'a [String] {
+    nemesis.hosts.as_deref().unwrap_or(context.hosts)
+}
+
 /// The most hosts that are no majority.
 fn minority(count: usize) -> usize {
     count.saturating_sub(1) / 2
@@ -215,7 +229,20 @@ fn check(nemesis: &Nemesis, context: &Context<'_>) -> Result<(), Problem> {
             "gap: 5s",
         );
     }
+    let among = among(nemesis, context);
+    if let Some(host) = among.iter().find(|host| !context.hosts.contains(host)) {
+        return wrong(
+            &format!("there is no host '{host}'"),
+            &format!("hosts: [{}]", context.hosts.join(", ")),
+        );
+    }
     for fault in &nemesis.faults {
+        if fault.one_way.is_some() && fault.partition.is_none() {
+            return wrong(
+                "'one_way' is about a partition",
+                "{partition: isolate, one_way: out}",
+            );
+        }
         let kinds = [
             fault.partition.is_some(),
             fault.pause.is_some(),
@@ -256,14 +283,14 @@ fn check(nemesis: &Nemesis, context: &Context<'_>) -> Result<(), Problem> {
         if matches!(
             fault.partition,
             Some(Shape::Halves | Shape::RandomHalves | Shape::Sides)
-        ) && context.hosts.len().is_multiple_of(2)
+        ) && among.len().is_multiple_of(2)
         {
             return wrong(
                 "two equal halves leave no majority, which 'keep_majority' asks for",
                 "partition: majority_minority",
             );
         }
-        if (fault.pause.is_some() || fault.kill.is_some()) && minority(context.hosts.len()) == 0 {
+        if (fault.pause.is_some() || fault.kill.is_some()) && minority(among.len()) == 0 {
             return wrong(
                 "with fewer than three hosts nothing can be paused or killed while a majority is kept",
                 "three hosts, or no 'keep_majority'",
@@ -306,6 +333,7 @@ mod tests {
             gap: Period::secs(5),
             shortest: Period::secs(1),
             longest: Period::secs(4),
+            hosts: None,
             keep_majority: true,
         }
     }
@@ -368,6 +396,25 @@ mod tests {
     }
 
     #[test]
+    fn others_than_the_named_hosts_are_left_alone() {
+        let mut nemesis = nemesis();
+        let three = ["n1", "n2", "n3"].map(str::to_owned).to_vec();
+        nemesis.hosts = Some(three.clone());
+        nemesis.faults[0].one_way = Some(OneWay::Out);
+        let mut partitions = 0;
+        for step in drawn(&nemesis, 1) {
+            if let Some(partition) = step.partition {
+                assert_eq!(partition.hosts.as_ref(), Some(&three));
+                assert_eq!(partition.one_way, Some(OneWay::Out));
+                partitions += 1;
+            }
+            // One is a minority of three, and two are one of five.
+            assert!(step.parallel.is_none_or(|together| together.len() == 1));
+        }
+        assert!(partitions > 0);
+    }
+
+    #[test]
     fn without_asking_for_it_all_may_be_hit() {
         let mut nemesis = nemesis();
         nemesis.keep_majority = false;
@@ -396,6 +443,17 @@ mod tests {
         assert!(refused(&|n| n.faults.clear()).contains("no fault"));
         assert!(refused(&|n| n.longest = Period::default()).contains("longer"));
         assert!(refused(&|n| n.faults[0].partition = Some(Shape::Halves)).contains("majority"));
+        assert!(refused(&|n| n.hosts = Some(vec!["n9".to_owned()])).contains("no host 'n9'"));
+        assert!(
+            refused(&|n| {
+                n.faults[0] = Weighted {
+                    one_way: Some(OneWay::Out),
+                    profile: None,
+                    ..Weighted::default()
+                };
+            })
+            .contains("one_way")
+        );
         assert!(
             refused(&|n| n.faults[0].kill = Some(OneOrMany::One("x".into())))
                 .contains("exactly one")

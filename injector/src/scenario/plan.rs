@@ -67,6 +67,8 @@ pub struct Planned {
     pub place: Place,
     /// When it begins.
     pub begins: Begins,
+    /// What a check has to say before it begins, once it could.
+    pub when: Option<When>,
     /// What it does.
     pub action: Action,
     /// How long.
@@ -91,8 +93,6 @@ pub enum Begins {
         /// So long after that.
         plus: Duration,
     },
-    /// When a check says so.
-    When(When),
 }
 
 /// What a step does.
@@ -448,6 +448,9 @@ impl Planner<'_> {
         let place = self.place(spanned);
         let at = Some(place);
         let begins = self.begins(at, index, step, siblings);
+        if let Some(when) = &step.when {
+            self.when(at, when);
+        }
         if let Some(on) = &step.on {
             for host in on.list() {
                 if self.hosts.addresses(host).is_none() {
@@ -479,6 +482,7 @@ impl Planner<'_> {
             path: path.to_owned(),
             place,
             begins,
+            when: step.when.clone(),
             action,
             lasts: step.lasts.map(|lasts| lasts.0),
             expect_effect: step.expect_effect.unwrap_or(true),
@@ -492,39 +496,40 @@ impl Planner<'_> {
         step: &Step,
         siblings: &[Spanned<Step>],
     ) -> Begins {
-        match (&step.at, &step.after, &step.when) {
-            (None, None, None) => Begins::Next,
-            (Some(offset), None, None) => Begins::At(offset.0),
-            (None, Some(after), None) => self.after(at, index, after, siblings),
-            (None, None, Some(when)) => {
-                match self
-                    .scenario
-                    .checks
-                    .iter()
-                    .find(|check| check.value.name == when.check)
-                {
-                    None => {
-                        let known = self.check_names();
-                        self.wrong(
-                            at,
-                            format!(
-                                "'when': there is no check '{}'; there are: {known}",
-                                when.check
-                            ),
-                        );
-                    }
-                    Some(check) if check.value.at_end => self.wrong(
-                        at,
-                        format!("'when': check '{}' is asked at the end only", when.check),
-                    ),
-                    Some(_) => {}
-                }
-                Begins::When(when.clone())
-            }
-            _ => {
-                self.wrong(at, "a step has at most one of: at, after, when");
+        match (&step.at, &step.after) {
+            (None, None) => Begins::Next,
+            (Some(offset), None) => Begins::At(offset.0),
+            (None, Some(after)) => self.after(at, index, after, siblings),
+            (Some(_), Some(_)) => {
+                self.wrong(at, "a step has at most one of: at, after");
                 Begins::Next
             }
+        }
+    }
+
+    /// Makes sure that the check of a step's `when` can be waited for.
+    fn when(&mut self, at: Option<Place>, when: &When) {
+        match self
+            .scenario
+            .checks
+            .iter()
+            .find(|check| check.value.name == when.check)
+        {
+            None => {
+                let known = self.check_names();
+                self.wrong(
+                    at,
+                    format!(
+                        "'when': there is no check '{}'; there are: {known}",
+                        when.check
+                    ),
+                );
+            }
+            Some(check) if check.value.at_end => self.wrong(
+                at,
+                format!("'when': check '{}' is asked at the end only", when.check),
+            ),
+            Some(_) => {}
         }
     }
 
@@ -1060,6 +1065,7 @@ impl Planner<'_> {
                 path,
                 place,
                 begins: Begins::Next,
+                when: None,
                 action: Action::Group {
                     together: false,
                     steps,
@@ -1475,7 +1481,7 @@ fn timeline(
     let mut last = start;
     let mut end = start;
     for step in steps {
-        let begins = match &step.begins {
+        let mut begins = match &step.begins {
             Begins::Next if together => start,
             Begins::Next => last,
             Begins::At(offset) => later(start, *offset),
@@ -1489,11 +1495,8 @@ fn timeline(
                     *plus,
                 )
             }
-            Begins::When(_) => Moment {
-                known: false,
-                ..if together { start } else { last }
-            },
         };
+        begins.known &= step.when.is_none();
         let index = entries.len();
         entries.push(TimelineEntry {
             begins,
@@ -1542,7 +1545,7 @@ impl Planned {
         if let Some(lasts) = self.lasts {
             let _ = write!(words, " for {}", duration::format(lasts));
         }
-        if let Begins::When(when) = &self.begins {
+        if let Some(when) = &self.when {
             let state = match when.is {
                 super::file::CheckState::Holding => "holds",
                 super::file::CheckState::Failing => "fails",
@@ -1795,6 +1798,26 @@ mod tests {
         };
         assert_eq!(rule.direction.as_deref(), Some("ingress"));
         assert_eq!(rule.peer, ["10.0.0.1"]);
+    }
+
+    #[test]
+    fn a_check_is_waited_for_when_the_step_is_due_otherwise() {
+        let plan = good(
+            "checks: [{name: c, kind: measure, command: x}]
+steps:
+  - {name: x, rule: {peer: b, fault: {cut: true}}, for: 3s}
+  - {when: {check: c, is: holding}, wait: 1s}
+  - {after: {step: x, of: start, plus: 1s}, when: {check: c, is: failing}, wait: 1s}
+",
+            &["a"],
+        );
+        let moments: Vec<String> = plan
+            .timeline()
+            .iter()
+            .map(|entry| entry.begins.to_string())
+            .collect();
+        assert_eq!(moments, ["0.0s", "\u{2265}3.0s", "\u{2265}1.0s"]);
+        assert!(plan.steps[2].words().contains("when check 'c' fails"));
     }
 
     #[test]

@@ -327,6 +327,12 @@ impl Injector {
         Ok(injector)
     }
 
+    /// The program.
+    #[must_use]
+    pub fn binary(&self) -> &Path {
+        &self.binary
+    }
+
     /// Where its state is.
     #[must_use]
     pub fn state_dir(&self) -> &Path {

@@ -4,10 +4,12 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    thread,
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use jiff::Timestamp;
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -16,6 +18,7 @@ use tests::lab::{
     injector::Injector,
     process::Process,
     scratch::Scratch,
+    topology::Lab,
     transcript::report,
     trial::{Need, trial},
     wait::wait_until,
@@ -25,7 +28,12 @@ use tests::lab::{
 const PLAYED: Duration = Duration::from_mins(2);
 
 pub(crate) fn tests() -> Vec<Trial> {
-    const NEEDS: &[Need] = &[Need::Root, Need::Injector, Need::Tool("socat")];
+    const NEEDS: &[Need] = &[
+        Need::Root,
+        Need::Injector,
+        Need::Tool("socat"),
+        Need::Tool("ping"),
+    ];
     const BROWSER: &[Need] = &[
         Need::Root,
         Need::Injector,
@@ -58,6 +66,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             "scenario::hosts_compute_the_same_partition",
             NEEDS,
             hosts_compute_the_same_partition,
+        ),
+        trial(
+            "scenario::several_hosts_play_one_file",
+            NEEDS,
+            several_hosts_play_one_file,
         ),
         trial(
             "scenario::a_browser_shows_the_report",
@@ -265,10 +278,12 @@ fn steps_of_every_kind() -> Result<()> {
     loop:
       times: 2
       steps:
-        - {name: every, on: n2, rule: {peer: n1, fault: {drop_every: 3}}, for: 400ms}
+        - {name: every, on: n2, rule: {peer: n1, fault: {drop_every: 3}}}
+        - {on: n2, run: "ping -c 1 -W 5 n1"}
+        - {heal: every}
   - name: ramp
     on: n2
-    ramp: {rule: {peer: n1, direction: egress}, field: drop_every, from: "9", to: "5", over: 1500ms, steps: 3}
+    ramp: {rule: {peer: n1, direction: egress}, field: drop_every, from: "9", to: "5", over: 3s, steps: 3}
   - {name: crash, kill: {service: web}, for: 500ms}
   - {when: {check: second, is: holding, within: 20s}, wait: 100ms}
   - name: together
@@ -548,6 +563,100 @@ steps:
         "{}",
         output.describe()
     );
+    Ok(())
+}
+
+/// Three hosts, each with a daemon and a run of its own that know nothing of the others', and one file. Which of them it is
+/// each finds by its addresses.
+fn several_hosts_play_one_file() -> Result<()> {
+    const HOSTS: [&str; 3] = ["n1", "n2", "n3"];
+    let lab = Lab::switched(HOSTS.len())?;
+    let nodes = &lab.spaces()[..HOSTS.len()];
+    let injectors: Vec<Injector> = HOSTS
+        .iter()
+        .map(|_| Injector::new())
+        .collect::<Result<_>>()?;
+    let dir = Scratch::new()?;
+    let file = dir.path().join("split.yaml");
+    let checks: Vec<String> = (1..)
+        .zip(HOSTS)
+        .map(|(number, host)| {
+            format!(
+                "  - {{name: {host}, kind: measure, command: ping -c 1 -W 1 10.88.0.{number}, every: 300ms, timeout: 3s}}\n"
+            )
+        })
+        .collect();
+    fs::write(
+        &file,
+        format!(
+            "name: split
+hosts: {{n1: 10.88.0.1, n2: 10.88.0.2, n3: 10.88.0.3}}
+targets: {{iface: [eth0]}}
+settle: 1s
+checks:
+{}steps:
+  - {{wait: 2s}}
+  - {{name: alone, partition: {{shape: isolate}}, for: 4s}}
+",
+            checks.concat()
+        ),
+    )?;
+    // Late enough for all of them to be up and waiting.
+    let start = (Timestamp::now() + Duration::from_secs(6)).to_string();
+    let play = |place: usize| -> Result<Vec<Value>> {
+        let reports = dir.path().join(HOSTS[place]);
+        let mut command = nodes[place].command(injectors[place].binary())?;
+        injectors[place].configure(
+            &mut command,
+            &["--json", "run", "--seed", "5", "--start-at", &start],
+        );
+        command.arg(&file).arg("--report").arg(&reports);
+        let output = run(command, PLAYED)?;
+        injectors[place].ok(&["down"])?;
+        ensure!(output.code() == Some(0), "{}", output.describe());
+        log(&reports)
+    };
+    let logs: Vec<Vec<Value>> = thread::scope(|scope| {
+        let running: Vec<_> = (0..HOSTS.len())
+            .map(|place| scope.spawn(move || play(place)))
+            .collect();
+        running
+            .into_iter()
+            .map(|one| one.join().map_err(|_| anyhow!("a run panicked"))?)
+            .collect::<Result<_>>()
+    })?;
+    let mut began: Vec<Timestamp> = Vec::new();
+    let mut words: Vec<&str> = Vec::new();
+    for log in &logs {
+        let [fault] = of(log, "fault_started")[..] else {
+            bail!("{log:#?}")
+        };
+        began.push(fault["at"].as_str().context("no time")?.parse()?);
+        words.push(fault["what"].as_str().context("no words")?);
+    }
+    ensure!(words.windows(2).all(|two| two[0] == two[1]), "{words:?}");
+    began.sort();
+    let apart = began[began.len() - 1].duration_since(began[0]);
+    report(format!("{}, begun within {apart:#}", words[0]));
+    ensure!(apart.as_secs() < 3, "begun at {began:?}");
+    let alone = words[0]
+        .strip_prefix("partition ")
+        .and_then(|words| words.split(' ').next())
+        .context(words[0].to_owned())?;
+    // Everybody lost whoever is alone, who lost everybody, and nobody lost anybody else.
+    for (host, log) in HOSTS.iter().zip(&logs) {
+        for other in HOSTS {
+            let failed = of(log, "checked")
+                .iter()
+                .filter(|record| record["check"] == other && record["ok"] == false)
+                .count();
+            let cut = *host != other && (*host == alone || other == alone);
+            ensure!(
+                (failed > 0) == cut,
+                "{host} to {other}: {failed} failed, and {alone} was alone"
+            );
+        }
+    }
     Ok(())
 }
 

@@ -136,17 +136,13 @@ impl Player {
     ) -> Due {
         let waited = async {
             match &step.begins {
-                Begins::Next if together => None,
+                Begins::Next if together => {}
                 Begins::Next => {
                     if let Some(before) = index.checked_sub(1) {
                         reached(stages, before, Stage::Ended).await;
                     }
-                    None
                 }
-                Begins::At(offset) => {
-                    sleep_until(start + *offset).await;
-                    None
-                }
+                Begins::At(offset) => sleep_until(start + *offset).await,
                 Begins::After { step, of, plus } => {
                     let stage = match of {
                         Edge::Start => Stage::Begun,
@@ -154,9 +150,11 @@ impl Player {
                     };
                     reached(stages, *step, stage).await;
                     sleep(*plus).await;
-                    None
                 }
-                Begins::When(when) => self.turned(when).await.err(),
+            }
+            match &step.when {
+                Some(when) => self.turned(when).await.err(),
+                None => None,
             }
         };
         let mut stopping = self.stop.clone();
