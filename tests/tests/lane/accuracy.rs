@@ -30,7 +30,7 @@ const WORSE_MS: f64 = 0.2;
 const TURNS: u32 = 60;
 /// An emulated machine may have something else to do for seconds: where the medians are apart after a round,
 /// another one is added to it, up to so many.
-const ROUNDS: u32 = 5;
+const ROUNDS: u32 = 10;
 /// By when the probes of a round are back.
 const WITHIN: Duration = Duration::from_secs(10);
 /// Probes without delay go to this port, those with our delays to the next ones, then those with netem's.
