@@ -165,6 +165,13 @@ impl Reader {
             } else if let Some(rest) = verdict.strip_prefix("ignored") {
                 self.ignored
                     .insert(name.to_owned(), reason_of(rest).to_owned());
+            } else if verdict
+                .trim_start()
+                .strip_prefix(name)
+                .is_some_and(|rest| rest.starts_with(": failed after "))
+            {
+                // It is the first thing that the test prints, and stands in the line that names it.
+                self.failed(name);
             }
         } else if let Some((name, _)) = line.trim_start().split_once(": failed after ") {
             // A test that prints while it runs breaks the line that names it; this one comes whole.
@@ -304,6 +311,23 @@ mod tests {
         );
         assert_eq!(result_line("test result: unknown"), None);
         assert_eq!(result_line("running 3 tests"), None);
+    }
+
+    #[test]
+    fn failures_are_named_whatever_they_print_first() {
+        for output in [
+            "test a::b ...     a::b: failed after 2.0 s: why\nFAILED\n",
+            "test a::b ...     a::b: something\n    a::b: failed after 2.0 s: why\nFAILED\n",
+        ] {
+            let outcome = read(
+                &format!(
+                    "{output}test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured\n"
+                ),
+                false,
+                Vec::new(),
+            );
+            assert_eq!(outcome.failures, ["lab: a::b"], "{output}");
+        }
     }
 
     #[test]

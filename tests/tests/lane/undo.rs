@@ -105,7 +105,7 @@ fn one_host(ending: Ending, prepare: Prepare) -> Result<()> {
     // A new link takes a moment until it is seen to be up, and has its addresses and routes then.
     let look = || -> Result<[Snapshot; 2]> { Ok([Snapshot::of(&a.ns)?, Snapshot::of(&b.ns)?]) };
     let mut before = look()?;
-    wait_until("the hosts are settled", Duration::from_secs(10), || {
+    wait_until("the hosts are settled", Duration::from_mins(1), || {
         let settled = unchanged(&lab, &before, Duration::ZERO).is_ok();
         before = look()?;
         Ok(settled)
