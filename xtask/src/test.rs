@@ -369,6 +369,7 @@ fn machines(setup: &Setup, built: &Built, options: &Options) -> Outcome {
     }
     let plan = Mutex::new(VecDeque::from(plan));
     let outcome = Mutex::new(Outcome::default());
+    let again = Mutex::new(Vec::new());
     let next = || lock(&plan).pop_front();
     thread::scope(|scope| {
         for _ in 0..MACHINES {
@@ -380,9 +381,14 @@ fn machines(setup: &Setup, built: &Built, options: &Options) -> Outcome {
                     let started = Instant::now();
                     let filter = options.filter.as_deref().or(filter);
                     let one = match kernels.get(&line) {
-                        Some(Ok(kernel)) => {
-                            in_machine(setup, built, kernel, name, filter, options.full, &say)
-                        }
+                        Some(Ok(kernel)) => Guest::of(setup, built, kernel, name, options.full)
+                            .and_then(|guest| {
+                                let (one, failed) = in_machine(&guest, filter, &say)?;
+                                let again_too =
+                                    failed.into_iter().map(|test| (guest, line.clone(), test));
+                                lock(&again).extend(again_too);
+                                Ok(one)
+                            }),
                         Some(Err(error)) => Err(anyhow!("{error:#}")),
                         None => Err(anyhow!("nobody has looked for kernel {line}")),
                     };
@@ -399,7 +405,21 @@ fn machines(setup: &Setup, built: &Built, options: &Options) -> Outcome {
             });
         }
     });
-    outcome.into_inner().unwrap_or_else(PoisonError::into_inner)
+    let mut outcome = outcome.into_inner().unwrap_or_else(PoisonError::into_inner);
+    for (guest, line, test) in again.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        let say = |text: &str| println!("{line:>6} | {text}");
+        say(&format!(
+            "{test} has failed: a second attempt, with no other machine beside it"
+        ));
+        match guest.run(&[&test, "--exact"], &say) {
+            Ok((second, _)) if second.passed == 1 && second.failed == 0 => {
+                outcome.passes_after_all(&guest.program(), &test);
+            }
+            Ok(_) => {}
+            Err(error) => say(&format!("there was no second attempt: {error:#}")),
+        }
+    }
+    outcome
 }
 
 /// The newest kernel of a line.
@@ -412,54 +432,28 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One test program on one kernel.
+/// One test program on one kernel. Returns the tests that deserve a second attempt, too.
 fn in_machine(
-    setup: &Setup,
-    built: &Built,
-    kernel: &Kernel,
-    name: &str,
+    guest: &Guest<'_>,
     filter: Option<&str>,
-    full: bool,
     say: &dyn Fn(&str),
-) -> Result<Outcome> {
-    say(&format!("kernel {}", kernel.version));
-    let executable = built
-        .tests()
-        .find(|one| is_privileged(one) && one.name == name)
-        .with_context(|| {
-            format!("the package `{PRIVILEGED_PACKAGE}` has no test program `{name}`")
-        })?;
-    let guest = Guest {
-        setup,
-        built,
-        kernel,
-        executable,
-        full,
-    };
-    let (mut outcome, failed) = guest.run(filter.as_slice(), say)?;
+) -> Result<(Outcome, Vec<String>)> {
+    say(&format!("kernel {}", guest.kernel.version));
+    let (outcome, failed) = guest.run(filter.as_slice(), say)?;
     // With more failures than tests that failed, the machine itself was in trouble.
     let tests = u64::try_from(failed.len()).unwrap_or(u64::MAX);
     if failed.len() > SECOND_ATTEMPTS || outcome.failed != tests {
-        return Ok(outcome);
+        return Ok((outcome, Vec::new()));
     }
-    let program = guest.program();
-    for test in failed {
-        say(&format!(
-            "{test} has failed: a second attempt, in a machine of its own"
-        ));
-        let (second, _) = guest.run(&[&test, "--exact"], say)?;
-        if second.passed == 1 && second.failed == 0 {
-            outcome.passes_after_all(&program, &test);
-        }
-    }
-    Ok(outcome)
+    Ok((outcome, failed))
 }
 
 /// Emulated machines stall when their host's neighbours are busy, and much of what is tested is time. So a few tests
-/// that fail are tried once more, and that is reported. If more fail it is no accident.
+/// that fail are tried once more, when no other machine runs, and that is reported. If more fail it is no accident.
 const SECOND_ATTEMPTS: usize = 3;
 
 /// A test program on a kernel.
+#[derive(Clone, Copy)]
 struct Guest<'a> {
     setup: &'a Setup,
     built: &'a Built,
@@ -468,7 +462,29 @@ struct Guest<'a> {
     full: bool,
 }
 
-impl Guest<'_> {
+impl<'a> Guest<'a> {
+    fn of(
+        setup: &'a Setup,
+        built: &'a Built,
+        kernel: &'a Kernel,
+        name: &str,
+        full: bool,
+    ) -> Result<Self> {
+        let executable = built
+            .tests()
+            .find(|one| is_privileged(one) && one.name == name)
+            .with_context(|| {
+                format!("the package `{PRIVILEGED_PACKAGE}` has no test program `{name}`")
+            })?;
+        Ok(Self {
+            setup,
+            built,
+            kernel,
+            executable,
+            full,
+        })
+    }
+
     /// Its name in reports.
     fn program(&self) -> String {
         format!("{} on {}", self.executable.name, self.kernel.version)
