@@ -159,23 +159,16 @@ impl Reader {
             self.outcome.passed += counts.passed;
             self.outcome.failed += counts.failed;
             self.ignored_count += counts.ignored;
+        } else if let Some((before, _)) = line.split_once(": failed after ") {
+            // What a test prints while it runs breaks the line that names it; this says its name, wherever it stands.
+            self.failed(before.split_whitespace().next_back().unwrap_or(before));
         } else if let Some((name, verdict)) = test_line(line) {
             if verdict == "FAILED" {
                 self.failed(name);
             } else if let Some(rest) = verdict.strip_prefix("ignored") {
                 self.ignored
                     .insert(name.to_owned(), reason_of(rest).to_owned());
-            } else if verdict
-                .trim_start()
-                .strip_prefix(name)
-                .is_some_and(|rest| rest.starts_with(": failed after "))
-            {
-                // It is the first thing that the test prints, and stands in the line that names it.
-                self.failed(name);
             }
-        } else if let Some((name, _)) = line.trim_start().split_once(": failed after ") {
-            // A test that prints while it runs breaks the line that names it; this one comes whole.
-            self.failed(name);
         }
     }
 

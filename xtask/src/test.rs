@@ -263,6 +263,14 @@ fn lab(setup: &Setup, built: &Built, options: &Options) -> Result<Outcome> {
 }
 
 /// A test program that runs as root: an integration test in the package of end-to-end tests.
+fn privileged_program<'a>(built: &'a Built, name: &str) -> Result<&'a Executable> {
+    built
+        .tests()
+        .find(|one| is_privileged(one) && one.name == name)
+        .with_context(|| format!("the package `{PRIVILEGED_PACKAGE}` has no test program `{name}`"))
+}
+
+/// Runs a test program that runs as root.
 fn privileged(
     name: &str,
     setup: &Setup,
@@ -270,12 +278,7 @@ fn privileged(
     options: &Options,
     more: &[&str],
 ) -> Result<Outcome> {
-    let executable = built
-        .tests()
-        .find(|one| is_privileged(one) && one.name == name)
-        .with_context(|| {
-            format!("the package `{PRIVILEGED_PACKAGE}` has no test program `{name}`")
-        })?;
+    let executable = privileged_program(built, name)?;
     let privilege = Privilege::find();
     if privilege == Privilege::None {
         let reason = "it runs as root, this user is not root, and there is no sudo";
@@ -470,12 +473,7 @@ impl<'a> Guest<'a> {
         name: &str,
         full: bool,
     ) -> Result<Self> {
-        let executable = built
-            .tests()
-            .find(|one| is_privileged(one) && one.name == name)
-            .with_context(|| {
-                format!("the package `{PRIVILEGED_PACKAGE}` has no test program `{name}`")
-            })?;
+        let executable = privileged_program(built, name)?;
         Ok(Self {
             setup,
             built,
