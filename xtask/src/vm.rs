@@ -339,7 +339,8 @@ impl Machine<'_> {
                 "-smp",
                 "2",
                 "-cpu",
-                "max",
+                // In emulation a "fast" string instruction takes its bytes one by one.
+                "max,-erms",
             ])
             .arg("-kernel")
             .arg(&self.kernel.image)

@@ -44,8 +44,8 @@ pub struct Profile {
 pub enum Name {
     /// Every message arrives within a bound: delays between 0 and `delay` (100ms), in order.
     Synchronous,
-    /// Asynchronous until `after` (30s), then synchronous (Dwork, Lynch, Stockmeyer, 1988: the bound holds from an
-    /// unknown time on).
+    /// Asynchronous until `after` (30s), around ten times the bound that holds from then on, `delay` (100ms): Dwork,
+    /// Lynch, Stockmeyer, 1988, where it holds from an unknown time on.
     PartiallySynchronous,
     /// No bound: delays with the heavy tail of a Pareto distribution around `delay` (50ms), out of order.
     Asynchronous,
@@ -169,10 +169,9 @@ pub fn expand(profile: &Profile, _: &Context<'_>) -> Result<Step, Problem> {
             )
         })
     };
+    let bound = || crate::rules::text::duration::parse(profile.delay.as_deref().unwrap_or("100ms"));
     let synchronous = || -> Result<Step, Problem> {
-        let bound = profile.delay.as_deref().unwrap_or("100ms");
-        let half = crate::rules::text::duration::parse(bound)? / 2;
-        let half = crate::rules::text::duration::format(half);
+        let half = crate::rules::text::duration::format(bound()? / 2);
         Ok(fault(FaultSpec {
             delay: Some(half.clone()),
             jitter: Some(half),
@@ -180,14 +179,10 @@ pub fn expand(profile: &Profile, _: &Context<'_>) -> Result<Step, Problem> {
             ..FaultSpec::default()
         }))
     };
-    let asynchronous = || {
-        let delay = match profile.name {
-            Name::Asynchronous => given(&profile.delay, "50ms"),
-            _ => Some("50ms".to_owned()),
-        };
+    let asynchronous = |delay: &str| {
         fault(FaultSpec {
-            jitter: delay.clone(),
-            delay,
+            delay: Some(delay.to_owned()),
+            jitter: Some(delay.to_owned()),
             distribution: Some("pareto".to_owned()),
             order: Some("free".to_owned()),
             ..FaultSpec::default()
@@ -201,9 +196,10 @@ pub fn expand(profile: &Profile, _: &Context<'_>) -> Result<Step, Problem> {
     };
     Ok(match profile.name {
         Name::Synchronous => synchronous()?,
-        Name::Asynchronous => asynchronous(),
+        Name::Asynchronous => asynchronous(profile.delay.as_deref().unwrap_or("50ms")),
         Name::PartiallySynchronous => {
-            let mut before = asynchronous();
+            let long = crate::rules::text::duration::format(bound()? * 10);
+            let mut before = asynchronous(&long);
             before.name = Some("unbounded".to_owned());
             before.lasts = Some(profile.after.unwrap_or(Period::secs(30)));
             let mut after = synchronous()?;

@@ -87,9 +87,15 @@ pub struct Transfer {
     pub streams: u32,
     /// Bytes on each.
     pub bytes: usize,
-    /// By when they must all have arrived.
+    /// Without bytes for so long it has failed.
     pub within: Duration,
+    /// Whether the receiver sends a byte now and then, which the sender acknowledges: a sender whose timeout doubles
+    /// with every packet lost sends too few, otherwise, to get out of a burst of losses within minutes.
+    pub talks_back: bool,
 }
+
+/// How often a receiver talks back.
+const TALK: Duration = Duration::from_millis(20);
 
 impl Transfer {
     /// Sends from one node to a port of another; returns the senders' addresses, and how long it took.
@@ -103,7 +109,7 @@ impl Transfer {
                 let mut sender = connect(&from.ns, to.at(port), self.within)?;
                 let mut receiver = accept(&listener, self.within)?;
                 sender.set_write_timeout(Some(self.within))?;
-                receiver.set_read_timeout(Some(self.within))?;
+                sender.set_read_timeout(Some(self.within))?;
                 sending.push(scope.spawn(move || {
                     let chunk = vec![0x5a; 1 << 16];
                     let mut left = self.bytes;
@@ -114,24 +120,13 @@ impl Transfer {
                             .context("sending a transfer")?;
                         left -= now;
                     }
+                    // The receiver has it all and says so by its end: whatever this end sends is sent by a socket that
+                    // is whole, and nothing is unread when it closes, which would break the connection.
+                    std::io::copy(&mut sender, &mut std::io::sink())
+                        .context("waiting for a receiver")?;
                     Ok(sender.local_addr()?)
                 }));
-                receiving.push(scope.spawn(move || {
-                    let mut buffer = vec![0; 1 << 18];
-                    let mut arrived = 0;
-                    loop {
-                        match receiver.read(&mut buffer).context("receiving a transfer")? {
-                            0 => break,
-                            length => arrived += length,
-                        }
-                    }
-                    ensure!(
-                        arrived == self.bytes,
-                        "{arrived} of {} bytes of a transfer arrived",
-                        self.bytes
-                    );
-                    Ok(())
-                }));
+                receiving.push(scope.spawn(move || self.receive(&mut receiver)));
             }
             for one in receiving {
                 one.join()
@@ -146,6 +141,36 @@ impl Transfer {
                 .collect::<Result<Vec<SocketAddr>>>()
         })?;
         Ok((senders, began.elapsed()))
+    }
+
+    /// Takes one connection's bytes.
+    fn receive(&self, stream: &mut TcpStream) -> Result<()> {
+        stream.set_read_timeout(Some(if self.talks_back { TALK } else { self.within }))?;
+        let mut buffer = vec![0; 1 << 18];
+        let mut arrived = 0;
+        let mut latest = Instant::now();
+        let mut talked = latest;
+        while arrived < self.bytes {
+            match stream.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(length) => {
+                    arrived += length;
+                    latest = Instant::now();
+                }
+                Err(error) if is_timeout(&error) && latest.elapsed() < self.within => {}
+                Err(error) => return Err(error).context("receiving a transfer"),
+            }
+            if self.talks_back && talked.elapsed() >= TALK {
+                stream.write_all(b".").context("talking back")?;
+                talked = Instant::now();
+            }
+        }
+        ensure!(
+            arrived == self.bytes,
+            "{arrived} of {} bytes of a transfer arrived",
+            self.bytes
+        );
+        Ok(())
     }
 }
 

@@ -18,6 +18,7 @@ pub mod frame;
 pub mod http;
 pub mod injector;
 pub mod iperf;
+pub mod lent;
 pub mod load;
 pub mod netem;
 pub mod netns;
@@ -39,6 +40,7 @@ pub mod timed;
 pub mod topology;
 pub mod transcript;
 pub mod trial;
+pub mod tun;
 pub mod udp;
 pub mod wait;
 

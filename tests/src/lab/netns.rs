@@ -11,7 +11,10 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns};
 
-use super::{command, transcript::Transcript};
+use super::{
+    command,
+    transcript::{Transcript, note},
+};
 
 /// A network namespace, by name. No descriptor is held, since one would keep a deleted namespace alive.
 #[derive(Debug, Clone)]
@@ -111,6 +114,17 @@ impl Netns {
             std::fs::write(&path, value)
                 .with_context(|| format!("writing {value} to {}", path.display()))
         })
+    }
+
+    /// Runs several commands of `ip` in one process: in emulation each start takes a tenth of a second. Fails at the first that fails.
+    pub fn ip(&self, lines: &[String]) -> Result<()> {
+        let mut command = self.command("ip")?;
+        command.args(["-batch", "-"]);
+        let input = lines.join("\n");
+        note(&input);
+        command::run_with_input(command, input.as_bytes(), command::DEADLINE)?
+            .success()
+            .map(drop)
     }
 
     /// Deletes the name; the namespace goes when nothing is left in it.

@@ -199,12 +199,12 @@ impl Lab {
                 }
                 Ok(())
             })?;
-            node.ns.tool("ip link set lo up")?;
-            node.ns.tool("ip link set eth0 up")?;
-            node.ns
-                .tool(&format!("ip addr add {}/24 dev eth0", node.v4))?;
-            node.ns
-                .tool(&format!("ip addr add {}/64 dev eth0 nodad", node.v6))?;
+            node.ns.ip(&[
+                "link set lo up".to_owned(),
+                "link set eth0 up".to_owned(),
+                format!("addr add {}/24 dev eth0", node.v4),
+                format!("addr add {}/64 dev eth0 nodad", node.v6),
+            ])?;
         }
         for space in &self.spaces {
             await_carrier(space)?;
@@ -225,14 +225,14 @@ impl Lab {
 
     fn fix_neighbours(&self) -> Result<()> {
         for node in &self.nodes {
+            let mut lines = Vec::new();
             for other in self.nodes.iter().filter(|other| other.v4 != node.v4) {
-                for address in other.addresses() {
-                    node.ns.tool(&format!(
-                        "ip neigh replace {address} lladdr {} nud permanent dev eth0",
-                        mac_text(other.mac)
-                    ))?;
-                }
+                let mac = mac_text(other.mac);
+                lines.extend(other.addresses().map(|address| {
+                    format!("neigh replace {address} lladdr {mac} nud permanent dev eth0")
+                }));
             }
+            node.ns.ip(&lines)?;
         }
         Ok(())
     }

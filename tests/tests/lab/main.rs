@@ -17,6 +17,7 @@ mod positions;
 mod redis;
 mod reject;
 mod scenario;
+mod scenario_hosts;
 mod selectors;
 mod share;
 mod silence;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     for tests in [
         scenario::tests,
+        scenario_hosts::tests,
         crash::tests,
         etcd::tests,
         redis::tests,

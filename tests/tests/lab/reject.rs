@@ -26,6 +26,7 @@ use tests::lab::{
     topology::{Lab, Node},
     transcript::report,
     trial::{Need, trial},
+    tun::Tun,
     udp,
     wait::{wait_for, wait_until},
 };
@@ -55,6 +56,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             connections_are_reset,
         ),
         trial("reject::loopback", NEEDS, loopback),
+        trial("reject::a_tunnel", NEEDS, a_tunnel),
         trial(
             "reject::answers_are_right_on_the_wire",
             NEEDS,
@@ -78,6 +80,8 @@ pub(crate) fn tests() -> Vec<Trial> {
     ]
 }
 
+/// Bytes of the link layer's header.
+const ETHERNET: usize = 14;
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Longer than anybody who is told waits: TCP sends its SYN again after one second.
 const TOLD_WITHIN: Duration = Duration::from_secs(10);
@@ -446,6 +450,90 @@ fn loopback() -> Result<()> {
             );
             injector.json(&["heal", "no"])?;
         }
+    }
+    Ok(())
+}
+
+/// A device without a link layer: what leaves it is answered on the spot, what arrives is answered through it.
+fn a_tunnel() -> Result<()> {
+    let lab = Lab::pair()?;
+    let mut node = lab.a().clone();
+    node.v4 = [10, 99, 0, 1].into();
+    node.v6 = "fd99::1".parse()?;
+    let (far_v4, far_v6): (IpAddr, IpAddr) = ("10.99.0.2".parse()?, "fd99::2".parse()?);
+    let tun = Tun::new(&node.ns, "tun0")?;
+    node.ns.ip(&[
+        format!("addr add {}/24 dev tun0", node.v4),
+        format!("addr add {}/64 dev tun0 nodad", node.v6),
+        "link set tun0 up".to_owned(),
+    ])?;
+    let injector = Injector::started(&[])?;
+    for answer in ANSWERS {
+        injector.add(&format!(
+            "no --netns {} --iface tun0 --to {far_v4},{far_v6} --proto tcp --peer-port 7000 --reject {answer}",
+            node.netns()
+        ))?;
+        for to in [(far_v4, 7000).into(), (far_v6, 7000).into()] {
+            let (error, _) = refused(&node, to, TOLD_WITHIN)?;
+            ensure!(
+                error == Some(error_of(answer, to.is_ipv6())),
+                "leaving, {answer} {to}: {error:?}"
+            );
+        }
+        let now = counters(&injector)?;
+        ensure!(now.answered_packets == now.matched_packets, "{now:?}");
+        injector.json(&["heal", "no"])?;
+
+        injector.add(&format!(
+            "no --netns {} --iface tun0 --from {far_v4},{far_v6} --proto tcp --local-port 7000 --reject {answer}",
+            node.netns()
+        ))?;
+        let syn = Layer4::Tcp(1234, 7000, flag::SYN);
+        for (number, packet) in (1..).zip([
+            Packet::new(far_v4, node.v4, syn.clone()),
+            Packet::new(far_v6, node.v6, syn.clone()),
+        ]) {
+            let frame = packet.frame(number);
+            let packet = &frame[ETHERNET..];
+            let v6 = packet[0] >> 4 == 6;
+            tun.send(packet)?;
+            let (ip, said) = tun.wait(|bytes| {
+                let ip = Ip::read(bytes);
+                // What the host says by itself, to all routers for one, may have options.
+                let Ok(ip) = ip else { return Ok(None) };
+                Ok(Said::read(&ip)?.map(|said| (ip, said)))
+            })?;
+            ensure!(ip.destination == if v6 { far_v6 } else { far_v4 }, "{ip:?}");
+            match said {
+                Said::Reset {
+                    ports,
+                    flags,
+                    acknowledgement,
+                    ..
+                } => {
+                    let header = if v6 { 40 } else { 20 };
+                    // The SYN's own number, which is 1, is followed by one for its flag and by what it carries.
+                    let next = 2 + u32::try_from(packet.len() - header - 20)?;
+                    ensure!(
+                        answer == "rst"
+                            && ports == (7000, 1234)
+                            && flags == flag::RST | flag::ACK
+                            && acknowledgement == next,
+                        "{answer}: {ports:?} {flags:#x} {acknowledgement}, expected {next}"
+                    );
+                }
+                Said::Error { kind, code, about } => ensure!(
+                    (kind, code) == type_and_code(answer, v6) && packet.starts_with(&about),
+                    "{answer}: {kind} {code} about {about:02x?}"
+                ),
+            }
+        }
+        let now = counters(&injector)?;
+        ensure!(
+            now.matched_packets == 2 && now.answered_packets == 2,
+            "{now:?}"
+        );
+        injector.json(&["heal", "no"])?;
     }
     Ok(())
 }

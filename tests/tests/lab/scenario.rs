@@ -25,7 +25,7 @@ use tests::lab::{
 };
 
 /// A run takes some seconds, on a machine that is busy some more.
-const PLAYED: Duration = Duration::from_mins(2);
+pub(crate) const PLAYED: Duration = Duration::from_mins(2);
 
 pub(crate) fn tests() -> Vec<Trial> {
     const NEEDS: &[Need] = &[
@@ -121,13 +121,13 @@ settle: 1s
 }
 
 /// A run and what it left in its directory.
-struct Run {
+pub(crate) struct Run {
     output: Output,
     dir: Scratch,
 }
 
 impl Run {
-    fn play(injector: &Injector, text: &str, more: &[&str]) -> Result<Self> {
+    pub(crate) fn play(injector: &Injector, text: &str, more: &[&str]) -> Result<Self> {
         let dir = Scratch::new()?;
         let file = dir.path().join("scenario.yaml");
         fs::write(&file, text)?;
@@ -139,7 +139,7 @@ impl Run {
         serde_json::from_str(&self.output.stdout).with_context(|| self.output.describe())
     }
 
-    fn log(&self) -> Result<Vec<Value>> {
+    pub(crate) fn log(&self) -> Result<Vec<Value>> {
         log(self.dir.path())
     }
 
@@ -148,7 +148,7 @@ impl Run {
         fs::read_to_string(&path).with_context(|| path.display().to_string())
     }
 
-    fn expect(&self, code: i32, verdict: &str) -> Result<()> {
+    pub(crate) fn expect(&self, code: i32, verdict: &str) -> Result<()> {
         let document = self.document()?;
         ensure!(
             self.output.code() == Some(code) && document["verdict"] == verdict,
@@ -159,14 +159,14 @@ impl Run {
     }
 }
 
-fn command(injector: &Injector, file: &Path, dir: &Path, more: &[&str]) -> Command {
+pub(crate) fn command(injector: &Injector, file: &Path, dir: &Path, more: &[&str]) -> Command {
     let mut command = injector.cli(&["--json", "run"]);
     command.arg(file).arg("--report").arg(dir).args(more);
     command
 }
 
 /// The log's lines, of which a run that goes on may not have finished the last.
-fn log(dir: &Path) -> Result<Vec<Value>> {
+pub(crate) fn log(dir: &Path) -> Result<Vec<Value>> {
     let text = fs::read_to_string(dir.join("run.jsonl"))?;
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole
@@ -176,7 +176,7 @@ fn log(dir: &Path) -> Result<Vec<Value>> {
 }
 
 /// Records of this kind.
-fn of<'a>(log: &'a [Value], event: &str) -> Vec<&'a Value> {
+pub(crate) fn of<'a>(log: &'a [Value], event: &str) -> Vec<&'a Value> {
     log.iter()
         .filter(|record| record["event"] == event)
         .collect()

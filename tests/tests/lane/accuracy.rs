@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use tests::lab::{
-    injector::Injector,
+    lent::Lent,
     netem::Netem,
     probe::{Probes, Times},
     timed::median,
@@ -42,7 +42,7 @@ fn a_delay_is_as_exact_as_netem_s() -> Result<()> {
     let lab = Lab::pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     let kinds = DELAYS_MS.len();
     for direction in ["egress", "ingress"] {
         for (port, delay) in (PORT + 1..).zip(DELAYS_MS) {

@@ -8,6 +8,7 @@ use serde_json::Value;
 use tests::lab::{
     counters::{Nstat, backlog_drops},
     injector::Injector,
+    lent::Lent,
     load::{Load, Transfer},
     netem::Netem,
     netns::Netns,
@@ -54,7 +55,7 @@ fn sixty_four_super_packets_at_once() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (direction, more, v6) in [
         ("egress", "", false),
         ("ingress", "", true),
@@ -105,7 +106,7 @@ fn eight_streams_lose_nothing() -> Result<()> {
     let lab = Lab::pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (name, port, more) in [("plain", 7001, ""), ("exact", 7002, "--loss 0.000001%")] {
         injector.add(&format!(
             "{name} --netns {} --iface eth0 --to {} --peer-port {port} --delay 20ms {more}",
@@ -136,6 +137,7 @@ fn eight_streams(a: &Node, b: &Node, in_order: bool) -> Result<()> {
             streams: 8,
             bytes: 2 << 20,
             within: Duration::from_mins(1),
+            talks_back: false,
         };
         let (senders, taken) = transfer.run(a, b, port)?;
         drop(netem);
@@ -260,7 +262,7 @@ fn healing_under_load_loses_nothing() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     let stream = Stream::start(a, b, 7000, Duration::from_micros(500))?;
     let load = Load {
         streams: 2,

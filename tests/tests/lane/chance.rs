@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use tests::{
     lab::{
-        injector::Injector,
+        lent::Lent,
         timed::{Timed, delays},
         topology::Lab,
         transcript::report,
@@ -63,7 +63,7 @@ fn exactly_the_drawn_packets_are_lost() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (model, taken) in MODELS {
         for egress in [true, false] {
             for v6 in [false, true] {
@@ -137,7 +137,7 @@ fn exactly_the_drawn_packets_are_duplicated() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (egress, later) in [(true, 0_u32), (false, 0), (true, 400)] {
         let direction = if egress { "--to" } else { "--from" };
         injector.add(&format!(
@@ -190,7 +190,7 @@ fn positions_count_wire_packets() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (egress, v6) in [(true, false), (false, true)] {
         let direction = if egress { "egress" } else { "ingress" };
         injector.add(&format!(
@@ -232,7 +232,7 @@ fn rules_compose() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for rule in [
         "one --loss 10% --delay 20ms",
         "two --loss 20% --duplicate 10%",

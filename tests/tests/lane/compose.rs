@@ -10,7 +10,8 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use tests::{
     lab::{
-        injector::{Injector, RuleCounters},
+        injector::RuleCounters,
+        lent::Lent,
         timed::{Timed, delays},
         topology::{Lab, Node},
         transcript::report,
@@ -159,7 +160,7 @@ fn must_compose(rules: &[Rule], way: Way) -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for rule in rules {
         let direction = if way.egress { "egress" } else { "ingress" };
         injector.add(&format!(

@@ -17,6 +17,7 @@ use tests::{
         counters::Nstat,
         frame::{ETH_IPV4, ETH_IPV6},
         injector::{Injector, RuleCounters, RuleStats},
+        lent::Lent,
         packet_socket::{Capture, on_one_cpu},
         tcp,
         timed::Timed,
@@ -273,7 +274,7 @@ fn corrupt_udp<'a>(
 fn exactly_the_drawn_bits_are_turned_over() -> Result<()> {
     let lab = Lab::pair()?;
     lab.a().make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for asked in CASES {
         let (from, to) = corrupt_udp(&injector, &lab, asked.egress, asked.v6, asked.words)?;
         let (source, target) = if asked.v6 {
@@ -386,7 +387,7 @@ fn broken_datagrams_are_dropped_and_counted() -> Result<()> {
     const NUMBERS: u32 = 300;
     let lab = Lab::pair()?;
     lab.a().make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (egress, v6, offload) in [
         (true, false, false),
         (false, true, false),
@@ -529,7 +530,7 @@ fn through_noise(
 fn broken_segments_are_sent_again() -> Result<()> {
     let lab = Lab::pair()?;
     lab.a().make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (egress, v6, offload) in [
         (true, false, false),
         (false, true, false),
@@ -564,7 +565,7 @@ fn broken_segments_are_sent_again() -> Result<()> {
 fn repaired_segments_bring_wrong_bytes() -> Result<()> {
     let lab = Lab::pair()?;
     lab.a().make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (egress, v6) in [(true, false), (false, true)] {
         let (arrived, grown, corrupted) = through_noise(
             &lab,
@@ -597,7 +598,7 @@ fn echoes() -> Result<()> {
     let lab = Lab::pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (peer, proto, prefix) in [
         (b.v4.to_string(), "icmp", "Icmp"),
         (b.v6.to_string(), "icmpv6", "Icmp6"),

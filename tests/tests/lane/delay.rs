@@ -7,7 +7,7 @@ use injector::{dataplane::distribution::quantile, rules::shaping::Distribution};
 use libtest_mimic::Trial;
 use tests::{
     lab::{
-        injector::Injector,
+        lent::Lent,
         scratch::Scratch,
         tcp,
         timed::{Timed, delays, median},
@@ -55,7 +55,7 @@ fn twelve_seconds() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     injector.add(&format!(
         "slow --netns {} --iface eth0 --to {} --delay 12s",
         a.netns(),
@@ -80,7 +80,7 @@ fn each_packet_gets_the_delay_that_its_number_draws() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (distribution, name) in [
         (Distribution::Uniform, "uniform"),
         (Distribution::Normal, "normal"),
@@ -153,7 +153,7 @@ fn distributions_are_the_asked_ones() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     // Each with one that it must not be taken for.
     for (distribution, wrong) in [
         (Distribution::Uniform, Distribution::Exponential),
@@ -208,7 +208,7 @@ fn distributions_of_files_are_the_asked_ones() -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let scratch = Scratch::new()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     let shares = || (0..5000).map(|step| (f64::from(step) + 0.5) / 5000.0);
     // Eight to a line, as iproute2 has them; 16384 is twice the jitter.
     let table: Vec<String> = shares()
@@ -288,7 +288,7 @@ fn correlation_is_the_asked_one() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for asked in [0.0_f64, 0.5, 0.9] {
         injector.add(&format!(
             "jittery --netns {} --iface eth0 --to {} --proto udp --delay 150ms --jitter 40ms --distribution normal \
@@ -339,7 +339,7 @@ fn loopback() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let a = lab.a();
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     injector.add(&format!(
         "slow --netns {} --iface lo --peer-port 7000 --delay 40ms",
         a.netns()

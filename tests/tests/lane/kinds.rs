@@ -7,6 +7,7 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 use tests::lab::{
     injector::Injector,
+    lent::Lent,
     netns::Netns,
     tcp,
     timed::Timed,
@@ -95,7 +96,7 @@ fn veth() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for direction in ["--to", "--from"] {
         for (peer, name) in [(b.v4.to_string(), "IPv4"), (b.v6.to_string(), "IPv6")] {
             add(&injector, &a.ns, "eth0", &format!("{direction} {peer}"))?;
@@ -124,7 +125,7 @@ fn bridge_and_port() -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     let switch = lab.switch()?;
     switch.tool("tc qdisc add dev p1 clsact")?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (direction, peer) in [("--dst", a.v4), ("--src", a.v4)] {
         add(&injector, switch, "p1", &format!("{direction} {peer}"))?;
         is_delayed(&b.ns, &a.v4.to_string(), 1.0, &format!("port, {direction}"))?;
@@ -152,7 +153,7 @@ fn vlan_and_parent() -> Result<()> {
     a.make_clsact()?;
     let (mut from, mut to) = (a.clone(), b.clone());
     (from.v4, to.v4) = (Ipv4Addr::new(10, 99, 5, 1), Ipv4Addr::new(10, 99, 5, 2));
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     // Tags beside the packet, and within it where the device cannot insert them.
     for offload in ["on", "off"] {
         for node in [&from, &to] {
@@ -184,7 +185,7 @@ fn vlan_and_parent() -> Result<()> {
 fn loopback() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let a = lab.a();
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     // Each packet leaves once and arrives once; the request and the answer both pass.
     for (which, times) in [
         ("--direction egress", 2.0),
@@ -212,7 +213,7 @@ fn dummy() -> Result<()> {
     ns.tool("ip addr add 10.99.7.1/24 dev dummy0")?;
     ns.tool("ip link set dummy0 up")?;
     ns.tool("ip neigh add 10.99.7.2 lladdr 02:00:00:00:00:02 dev dummy0")?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     add(&injector, ns, "dummy0", "--to 10.99.7.2 --proto icmp")?;
     // Nobody answers.
     let _unanswered = ns.try_tool("ping -n -c 3 -i 0.2 -W 1 10.99.7.2")?;
@@ -240,7 +241,7 @@ fn macvlan() -> Result<()> {
     b.ns.tool("ip addr add 10.99.9.2/24 dev eth0")?;
     let (mut from, mut to) = (a.clone(), b.clone());
     (from.v4, to.v4) = (Ipv4Addr::new(10, 99, 9, 1), Ipv4Addr::new(10, 99, 9, 2));
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for direction in ["--to", "--from"] {
         add(&injector, &a.ns, "mv0", &format!("{direction} {}", to.v4))?;
         is_delayed(
@@ -259,7 +260,7 @@ fn what_has_no_ethernet_header() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let ns = &lab.a().ns;
     ns.tool("ip tuntap add dev tun0 mode tun")?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     let refused = injector.run(&[
         "add",
         "slow",

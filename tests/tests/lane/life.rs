@@ -8,6 +8,7 @@ use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
 use tests::lab::{
     injector::Injector,
+    lent::Lent,
     snapshot::Snapshot,
     timed::{Timed, delays},
     topology::Lab,
@@ -56,7 +57,7 @@ fn healing_lets_held_packets_leave_at_their_time() -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let before = Snapshot::of(&a.ns)?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for egress in [true, false] {
         let direction = if egress { "--to" } else { "--from" };
         injector.add(&format!(
@@ -106,7 +107,7 @@ fn a_flush_drops_what_its_rule_holds_and_nothing_else() -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let before = Snapshot::of(&a.ns)?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for egress in [true, false] {
         let direction = if egress { "--to" } else { "--from" };
         let (from, to) = if egress { (a, b) } else { (b, a) };
@@ -204,7 +205,7 @@ fn a_flush_drops_copies_and_not_originals() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     let place = format!(
         "--netns {} --iface eth0 --to {} --proto udp",
         a.netns(),
@@ -247,7 +248,7 @@ fn order_is_kept_when_one_of_two_rules_ends() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for rule in ["slow --delay 900ms", "short --mtu-blackhole 1400"] {
         injector.add(&format!(
             "{rule} --netns {} --iface eth0 --to {} --proto udp",
@@ -309,7 +310,7 @@ fn other_traffic_never_enters() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     injector.add(&format!(
         "slow --netns {} --iface eth0 --to {} --peer-port 7000 --delay 500ms --jitter 100ms",
         a.netns(),

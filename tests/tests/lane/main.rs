@@ -28,7 +28,7 @@ mod wire;
 use std::{process::ExitCode, time::Duration};
 
 use libtest_mimic::Arguments;
-use tests::lab::{snapshot::Snapshot, sweep::sweep, wait::wait_until};
+use tests::lab::{lent, snapshot::Snapshot, sweep::sweep, wait::wait_until};
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -74,6 +74,7 @@ fn main() -> ExitCode {
         }
     };
     let conclusion = libtest_mimic::run(&arguments, trials);
+    lent::dismiss();
     // Namespaces go some time after their names.
     let unchanged = wait_until("the host is as it was", Duration::from_secs(10), || {
         before.must_equal(&Snapshot::of_host()?).map(|()| true)

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use tests::lab::{
     counters::Nstat,
-    injector::Injector,
+    lent::Lent,
     tcp,
     timed::Timed,
     topology::Lab,
@@ -27,7 +27,7 @@ fn longer_packets_vanish() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for v6 in [false, true] {
         let (peer, headers) = if v6 {
             (b.v6.to_string(), 48)
@@ -73,7 +73,7 @@ fn tcp_hangs_or_does_not() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     injector.add(&format!(
         "hole --netns {} --iface eth0 --to {} --proto tcp --mtu-blackhole 1400",
         a.netns(),

@@ -8,7 +8,7 @@ use injector::{dataplane::distribution::quantile, rules::shaping::Distribution};
 use libtest_mimic::Trial;
 use tests::{
     lab::{
-        injector::Injector,
+        lent::Lent,
         timed::{Arrived, Sent, Timed, delays, milliseconds},
         topology::Lab,
         transcript::report,
@@ -38,7 +38,7 @@ fn jitter_keeps_order_unless_it_is_free() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for order in ["keep", "free"] {
         injector.add(&format!(
             "jittery --netns {} --iface eth0 --to {} --delay 40ms --jitter 30ms --order {order} --seed 3",
@@ -130,7 +130,7 @@ fn chosen_packets_are_held_back_and_no_others() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for egress in [true, false] {
         let direction = if egress { "--to" } else { "--from" };
         injector.add(&format!(

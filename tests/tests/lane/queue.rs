@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use tests::lab::{
     counters::Nstat,
-    injector::Injector,
+    lent::Lent,
     tcp,
     timed::{Timed, delays, median},
     topology::Lab,
@@ -40,7 +40,7 @@ fn it_holds_what_was_asked() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (queue, taken) in [
         // One on the line, twenty behind it.
         ("20p", 21),
@@ -88,7 +88,7 @@ fn a_full_one_delays_who_shares_it_and_nobody_else() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     injector.add(&format!(
         "line --netns {} --iface eth0 --to {} --peer-port 7000-7001 --rate 1mbit --queue 100ms",
         a.netns(),
@@ -165,7 +165,7 @@ fn marks_are_seen() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (v6, class, super_packets) in [
         (false, ECT_0, false),
         (false, ECT_0, true),
@@ -252,7 +252,7 @@ fn tcp_answers_to_marks() -> Result<()> {
     for node in [a, b] {
         node.ns.tool("sysctl -q -w net.ipv4.tcp_ecn=1")?;
     }
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     injector.add(&format!(
         "line --netns {} --iface eth0 --to {} --proto tcp --rate 4mbit --queue 2s --ecn 5ms",
         a.netns(),

@@ -8,6 +8,7 @@ use serde_json::Value;
 use tests::lab::{
     command,
     injector::{Injector, Stats},
+    lent::Lent,
     netns::Netns,
     tcp,
     timed::{Timed, delays},
@@ -73,7 +74,7 @@ fn eight_streams_share_the_cpus_and_keep_their_order() -> Result<()> {
     // A veth receives on the CPU that sends, and two CPUs that take turns at a queue would overtake each other in
     // their backlogs, with or without an injector. Steered to one CPU (RPS), packets arrive as they were sent.
     steer_to_one_cpu(b)?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     // By the segmenter too: each wire packet of its own.
     for more in ["", "--jitter 2ms"] {
         injector.add(&format!(
@@ -189,7 +190,7 @@ fn limits_follow_the_rules_and_held_packets_stay() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     let rule = |name: &str, port: u16, delay: &str| {
         format!(
             "{name} --netns {} --iface eth0 --to {} --peer-port {port} --delay {delay}",

@@ -11,6 +11,7 @@ use libtest_mimic::Trial;
 use tests::lab::{
     counters::Nstat,
     injector::{Injector, Mode},
+    lent::Lent,
     scratch::Scratch,
     tcp,
     timed::{Arrived, Timed},
@@ -138,7 +139,7 @@ fn udp_gets_the_asked_rate() -> Result<()> {
     let lab = Lab::steady_pair_with_mtu(JUMBO)?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (direction, mbit, payload) in [
         ("--to", 1_u32, PAYLOAD),
         ("--from", 10, PAYLOAD),
@@ -227,7 +228,7 @@ fn tcp_gets_the_asked_rate() -> Result<()> {
     let lab = Lab::steady_pair_with_mtu(JUMBO)?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (direction, mbit) in [("--to", 1_u32), ("--from", 10), ("--to", 100)] {
         let line = format!(
             "line --netns {} --iface eth0 {direction} {} --proto tcp --rate {mbit}mbit --queue 10s",
@@ -255,7 +256,7 @@ fn a_trace_is_replayed() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     let folder = Scratch::new()?;
     let file = folder.path().join("steps.trace");
     let lines: Vec<String> = (1..=SLOW)
@@ -338,7 +339,7 @@ fn shares() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (share, together) in [("rule", true), ("peer", true), ("flow", false)] {
         injector.add(&format!(
             "line --netns {} --iface eth0 --to {} --proto udp --rate 2mbit --share {share} --queue 30s",
@@ -373,7 +374,7 @@ fn lines_in_series() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (name, rate) in [("first", "800kbit"), ("second", "400kbit")] {
         injector.add(&format!(
             "{name} --netns {} --iface eth0 --to {} --proto udp --rate {rate} --queue 5s",

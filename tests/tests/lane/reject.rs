@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use tests::lab::{
     capture::{Capture, Ip, Said},
-    injector::Injector,
+    lent::Lent,
     tcp,
     topology::Lab,
     trial::{Need, trial},
@@ -24,7 +24,7 @@ fn what_is_rejected_is_not_delayed() -> Result<()> {
     let lab = Lab::pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     let _listeners = [
         tcp::listen(&b.ns, b.at(7000))?,
         tcp::listen(&b.ns, b.at6(7000))?,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use tests::lab::{
-    injector::Injector,
+    lent::Lent,
     snapshot::Snapshot,
     timed::{Timed, delays},
     topology::Lab,
@@ -27,7 +27,7 @@ fn packets_are_delayed_and_the_host_is_as_before() -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let before = Snapshot::of(&a.ns)?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for direction in ["--to", "--from"] {
         injector.add(&format!(
             "slow --netns {} --iface eth0 {direction} {} --delay {ASKED}ms --loss 0.0001%",

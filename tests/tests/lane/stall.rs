@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use tests::lab::{
-    injector::Injector,
+    lent::Lent,
     packet_socket::on_one_cpu,
     tcp,
     timed::{Timed, delays},
@@ -39,7 +39,7 @@ fn what_is_held_comes_in_a_burst_and_in_order() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for direction in ["--to", "--from"] {
         let (from, to) = if direction == "--to" { (a, b) } else { (b, a) };
         let path = Timed::v4(from, 6000, to, 7000)?;
@@ -119,7 +119,7 @@ fn again_and_again() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     let path = Timed::v4(a, 6000, b, 7000)?;
     injector.add(&format!(
         "pause --netns {} --iface eth0 --to {} --proto udp --stall 300ms --every 900ms",
@@ -156,7 +156,7 @@ fn a_connection_survives() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     let mut connection = tcp::Connection::open(a, b, 7001, Duration::from_secs(5))?;
     injector.add(&format!(
         "pause --netns {} --iface eth0 --peer {} --stall 2s",

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use tests::lab::{
     departure::Departures,
-    injector::Injector,
+    lent::Lent,
     load::Load,
     netem::Netem,
     netns::Netns,
@@ -135,7 +135,7 @@ fn an_offered_load_gets_through() -> Result<()> {
     let lab = Lab::pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (name, port, more) in [("plain", PLAIN, ""), ("exact", EXACT, "--loss 0.00001%")] {
         injector.add(&format!(
             "{name} --netns {} --iface eth0 --to {} --peer-port {port} --delay 50ms {more}",
@@ -186,7 +186,7 @@ fn containers_on_one_host() -> Result<()> {
     let (one, two) = (lab.a(), lab.b());
     let switch = lab.switch()?;
     switch.tool("tc qdisc add dev p1 clsact")?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (name, port, more) in [("plain", PLAIN, ""), ("exact", EXACT, "--loss 0.00001%")] {
         // From container one, as it comes in at its port, and to it, as it leaves there.
         for direction in ["from", "to"] {

@@ -1,7 +1,14 @@
 //! Everything is undone exactly, lanes too: however the daemon ends, and killed at random moments while lanes are
 //! made, used and removed.
 
-use std::{thread, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
@@ -175,6 +182,8 @@ fn unchanged(lab: &Lab, before: &[Snapshot; 2], within: Duration) -> Result<()> 
 
 /// Kills in one test; ten times as many with `--full`.
 const KILLS: u32 = 5;
+/// Where no command has been answered yet: about as long as the first takes.
+const MOMENT: Duration = Duration::from_millis(50);
 
 fn killed_at_random_moments() -> Result<()> {
     let seed = std::env::var("LAB_SEED")
@@ -188,19 +197,31 @@ fn killed_at_random_moments() -> Result<()> {
     let before = [Snapshot::of(&lab.a().ns)?, Snapshot::of(&lab.b().ns)?];
     let mut injector = Injector::new()?;
     let mut lanes = 0;
-    for kill in 0..KILLS * tests::thoroughness() {
+    let mut kill = 0;
+    // Until some of them have left a lane behind: others come when there is none.
+    while kill < KILLS * tests::thoroughness() || (lanes == 0 && kill < 10 * KILLS) {
+        kill += 1;
         let context = || format!("kill {kill}");
         injector
             .start_daemon(&["--lease", "1s"])
             .with_context(context)?;
         // What the one before left was undone as this one started, before it served.
         unchanged(&lab, &before, Duration::ZERO).with_context(context)?;
-        let commands = give_commands(&injector, &lab, random.next_u64())?;
-        thread::sleep(Duration::from_micros(random.random_range(0..400_000)));
+        let answered = Arc::new(AtomicU32::new(0));
+        let commands = give_commands(&injector, &lab, random.next_u64(), &answered)?;
+        // In the midst of one of the first commands, however long they take on this machine.
+        let began = Instant::now();
+        let after = random.random_range(0..4);
+        wait_until("commands are answered", Duration::from_mins(1), || {
+            Ok(answered.load(Ordering::Relaxed) >= after)
+        })?;
+        let each = began.elapsed() / after.max(1);
+        thread::sleep(each.max(MOMENT).mul_f64(random.random()));
         injector.kill_daemon().with_context(context)?;
-        let done = commands
+        commands
             .join()
             .map_err(|_| anyhow::anyhow!("the commanding thread panicked"))?;
+        let done = answered.load(Ordering::Relaxed);
         let there = lab
             .nodes
             .iter()
@@ -221,19 +242,23 @@ fn killed_at_random_moments() -> Result<()> {
     Ok(())
 }
 
-/// Sends random commands until the daemon is no more; returns how many were answered.
-fn give_commands(injector: &Injector, lab: &Lab, seed: u64) -> Result<thread::JoinHandle<u32>> {
+/// Sends random commands until the daemon is no more; counts those that were answered.
+fn give_commands(
+    injector: &Injector,
+    lab: &Lab,
+    seed: u64,
+    answered: &Arc<AtomicU32>,
+) -> Result<thread::JoinHandle<()>> {
+    let answered = Arc::clone(answered);
     let mut connection = injector.connect()?;
     let netns = [lab.a().netns().to_owned(), lab.b().netns().to_owned()];
     let transcript = Transcript::current();
     Ok(thread::spawn(move || {
         transcript.adopt();
         let mut random = StdRng::seed_from_u64(seed);
-        let mut answered = 0;
         while command(&mut connection, &netns, &mut random).is_ok() {
-            answered += 1;
+            answered.fetch_add(1, Ordering::Relaxed);
         }
-        answered
     }))
 }
 

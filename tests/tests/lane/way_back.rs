@@ -7,7 +7,7 @@ use injector::netlink::Hook;
 use libtest_mimic::Trial;
 use nix::sys::socket::{setsockopt, sockopt};
 use tests::lab::{
-    injector::Injector,
+    lent::Lent,
     skb_field::{Field, require, require_nothing, set},
     timed::{Timed, delays},
     topology::Lab,
@@ -53,7 +53,7 @@ fn what_leaves() -> Result<()> {
         let (a, b) = (lab.a(), lab.b());
         a.make_clsact()?;
         set(&a.ns, "eth0", Hook::Egress, 1, Field::TcIndex, INDEX)?;
-        let injector = Injector::started(&[])?;
+        let injector = Lent::new()?;
         injector.add(&format!(
             "slow --netns {} --iface eth0 --to {} --proto udp {way}",
             a.netns(),
@@ -98,7 +98,7 @@ fn what_arrives() -> Result<()> {
         (to.v4, from.v4) = ([10, 99, 5, 1].into(), [10, 99, 5, 2].into());
         set(&a.ns, "eth0", Hook::Ingress, 1, Field::Mark, 0x42)?;
         set(&a.ns, "eth0", Hook::Ingress, 2, Field::TcIndex, 0x0321)?;
-        let injector = Injector::started(&[])?;
+        let injector = Lent::new()?;
         injector.add(&format!(
             "slow --netns {} --iface eth0 --from {},{} --proto udp {way}",
             a.netns(),

@@ -1,7 +1,10 @@
 //! Loss is of single wire packets whatever the sender hands over at once: rate and lengths of bursts, for TCP
 //! in bulk and UDP in super-packets, with netem's beside.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
@@ -9,11 +12,11 @@ use serde_json::Value;
 use tests::{
     lab::{
         bursts::{self, describe, fit, gilbert_elliott_interval, lengths},
-        injector::Injector,
+        lent::Lent,
         load::Transfer,
         netem::Netem,
         on_wire::Capture,
-        timed::Timed,
+        timed::{Timed, milliseconds},
         topology::{Lab, Node},
         transcript::report,
         trial::{Need, trial},
@@ -34,6 +37,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             NEEDS,
             super_packets_lose_single_packets,
         ),
+        trial(
+            "wire::what_is_the_same_for_all_skips_the_segmenter",
+            NEEDS,
+            what_is_the_same_for_all_skips_the_segmenter,
+        ),
     ]
 }
 
@@ -48,8 +56,9 @@ fn bulk_tcp_loses_single_packets() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
-    // After a burst TCP often waits for its timeout: many streams wait at the same time.
+    let injector = Lent::new()?;
+    // After a burst TCP often waits for its timeout: many streams wait at the same time. And what it sends then may
+    // be lost as well, for longer and longer: so its receiver talks back.
     for (name, port, loss, streams, bytes) in [
         ("bernoulli", 7001, "3%", 8, 8 << 20),
         ("bursty", 7002, "gemodel:1%,30%", 32, 3 << 17),
@@ -65,6 +74,7 @@ fn bulk_tcp_loses_single_packets() -> Result<()> {
             streams,
             bytes,
             within: Duration::from_mins(1),
+            talks_back: name == "bursty",
         };
         let (senders, taken) = transfer.run(a, b, port)?;
         let seen = capture.finish()?;
@@ -143,6 +153,7 @@ fn netem_beside(a: &Node, b: &Node) -> Result<()> {
         streams: 8,
         bytes: 8 << 20,
         within: Duration::from_mins(1),
+        talks_back: false,
     };
     let (_, taken) = transfer.run(a, b, 7003)?;
     drop(netem);
@@ -180,7 +191,7 @@ fn super_packets_lose_single_packets() -> Result<()> {
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    let injector = Injector::started(&[])?;
+    let injector = Lent::new()?;
     for (name, loss, v6, count) in [
         ("bernoulli", "5%", false, MANY),
         ("bursty", "gemodel:1%,30%", true, FEW),
@@ -255,6 +266,70 @@ fn super_packets_lose_single_packets() -> Result<()> {
         fit.is_bad(),
         "the loss of whole super-packets passes for that of single packets: {fit:?}"
     );
+    Ok(())
+}
+
+/// A delay and a stall do the same to all wire packets of a super-packet, which therefore stays whole. What arrives is
+/// what arrives if it is taken apart, which a loss that loses nothing brings about.
+fn what_is_the_same_for_all_skips_the_segmenter() -> Result<()> {
+    const COUNT: u32 = 400;
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Lent::new()?;
+    let path = Timed::v4(a, 6000, b, 7000)?;
+    for fault in ["--delay 300ms", "--stall 3s"] {
+        let mut firsts = Vec::new();
+        for more in ["", " --loss 0.0000001%"] {
+            injector.add(&format!(
+                "same --netns {} --iface eth0 --to {} --proto udp {fault}{more} --seed {SEED}",
+                a.netns(),
+                b.v4
+            ))?;
+            let before = segmented(a)?;
+            let began = i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos())?;
+            path.send_super_packets(1..=COUNT, SEGMENTS as usize, 500)?;
+            let arrived = path.receive(
+                COUNT as usize,
+                Duration::from_millis(100),
+                Duration::from_secs(20),
+            )?;
+            let apart = segmented(a)? - before;
+            ensure!(
+                apart == if more.is_empty() { 0 } else { COUNT.into() },
+                "{fault}{more}: {apart} wire packets came out of the segmenter"
+            );
+            ensure!(
+                arrived.iter().map(|one| one.number).eq(1..=COUNT),
+                "{fault}{more}: lost, twice, or out of order: {arrived:?}"
+            );
+            let first = milliseconds(arrived[0].at_ns - began);
+            let last = milliseconds(arrived[arrived.len() - 1].at_ns - began);
+            let rule = injector.stats()?.rule("same")?.egress;
+            report(format!(
+                "{fault}{more}: {apart} taken apart, the first after {first:.1} ms, the last {:.1} ms later",
+                last - first
+            ));
+            ensure!(
+                first >= 300.0 && last - first < 500.0,
+                "{fault}{more}: from {first} to {last} ms"
+            );
+            ensure!(
+                rule.delayed_packets.max(rule.stalled_packets) == u64::from(COUNT)
+                    && rule.lost_packets == 0,
+                "{fault}{more}: {rule:?}"
+            );
+            firsts.push(first);
+            injector.stats()?.lanes_lost_nothing()?;
+            injector.json(&["heal", "same"])?;
+        }
+        if fault.starts_with("--delay") {
+            ensure!(
+                (firsts[0] - firsts[1]).abs() < 100.0,
+                "whole and apart: {firsts:?} ms"
+            );
+        }
+    }
     Ok(())
 }
 

@@ -36,14 +36,17 @@ macro_rules! library {
 
 const LIBRARY: &[(&str, &str)] = library! {
     host "etcd-bridge",
+    host "etcd-crash",
     host "etcd-leader-isolated",
     host "etcd-leader-paused",
     host "etcd-majorities-ring",
     host "etcd-nemesis",
     host "etcd-one-way-leader",
     host "etcd-response-lost",
+    host "nginx-cut-links",
     host "nginx-grey-path",
     host "nginx-retry-storm",
+    host "postgres-replica-lag",
     host "postgres-synchronous-replica-cut",
     host "redis-min-replicas",
     host "redis-split-brain",
@@ -52,6 +55,9 @@ const LIBRARY: &[(&str, &str)] = library! {
     lane "http-corruption",
     lane "nginx-bufferbloat",
     lane "nginx-indistinguishable",
+    lane "nginx-links",
+    lane "nginx-omission",
+    lane "nginx-timing-models",
 };
 
 fn main() -> ExitCode {
@@ -188,6 +194,12 @@ fn the_library_is_complete() -> Result<()> {
         ensure!(
             guide.contains(&format!("`{name}`")),
             "docs/scenarios.md does not explain {name}"
+        );
+        ensure!(
+            LIBRARY
+                .iter()
+                .any(|(_, text)| text.contains(&format!("profile: {{name: {name}"))),
+            "no scenario shows {name}"
         );
     }
     Ok(())

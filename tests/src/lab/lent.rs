@@ -1,0 +1,93 @@
+//! A daemon that serves one test after the other. Where the machine is emulated the verifier alone takes seconds of
+//! each daemon's start, and what a daemon keeps of earlier rules must make no difference to later ones anyway.
+
+use std::{
+    ops::Deref,
+    sync::{Mutex, PoisonError},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::{
+    injector::{Injector, Stats},
+    transcript::note,
+};
+
+/// The one that no test has at the moment.
+static IDLE: Mutex<Option<Injector>> = Mutex::new(None);
+
+/// An injector with a daemon of default settings and without rules. When the test is done with it, it goes to the next
+/// one, if it is as good as new; otherwise it ends.
+#[derive(Debug)]
+pub struct Lent(Option<Injector>);
+
+impl Lent {
+    /// The one that an earlier test has left, or a new one.
+    pub fn new() -> Result<Self> {
+        let idle = take();
+        let injector = match idle {
+            Some(injector) => {
+                note(format!(
+                    "the daemon of earlier tests at {}",
+                    injector.state_dir().display()
+                ));
+                injector
+            }
+            None => Injector::started(&[])?,
+        };
+        Ok(Self(Some(injector)))
+    }
+}
+
+impl Deref for Lent {
+    type Target = Injector;
+
+    fn deref(&self) -> &Injector {
+        self.0.as_ref().expect("it is there until it is dropped")
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let Some(injector) = self.0.take() else {
+            return;
+        };
+        if std::thread::panicking() {
+            return;
+        }
+        match as_good_as_new(&injector) {
+            Ok(()) => {
+                note(injector.daemon_log());
+                *IDLE.lock().unwrap_or_else(PoisonError::into_inner) = Some(injector);
+            }
+            Err(error) => note(format!("the daemon serves no further test: {error:#}")),
+        }
+    }
+}
+
+/// Ends the daemon that waits for a next test.
+pub fn dismiss() {
+    drop(take());
+}
+
+fn take() -> Option<Injector> {
+    IDLE.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+/// Heals everything; fails if anything is left of it, or was lost in lanes.
+fn as_good_as_new(injector: &Injector) -> Result<()> {
+    let mut connection = injector.connect()?;
+    let healed = connection.call("heal", &json!({"all": true}))?;
+    ensure!(
+        healed["host_restored"] == json!(true),
+        "the host is not as it was: {healed}"
+    );
+    let stats = connection.call("stats", &json!({}))?;
+    let stats: Stats = serde_json::from_value(stats).context("reading stats")?;
+    ensure!(
+        stats.lanes.is_empty() && stats.flushes.is_empty() && stats.lapses == 0,
+        "something is left: {stats:?}"
+    );
+    stats.lanes_lost_nothing()
+}
