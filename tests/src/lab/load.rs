@@ -18,6 +18,8 @@ use super::{
 
 /// How long a connection may take to come about.
 const CONNECTS: Duration = Duration::from_secs(10);
+/// How often a connection is tried.
+const TRIES: u32 = 5;
 /// How often a sender that offers a rate looks at the clock.
 const TICK: Duration = Duration::from_millis(4);
 /// A sender or receiver that is stuck looks so often whether it is to end.
@@ -106,8 +108,10 @@ impl Transfer {
             let mut sending = Vec::new();
             let mut receiving = Vec::new();
             for _ in 0..self.streams {
-                let mut sender = connect(&from.ns, to.at(port), self.within)?;
-                let mut receiver = accept(&listener, self.within)?;
+                // One whose SYN is lost, in a burst perhaps, tries again from another port.
+                let mut sender = (1..TRIES)
+                    .find_map(|_| connect(&from.ns, to.at(port), CONNECTS / 5).ok())
+                    .map_or_else(|| connect(&from.ns, to.at(port), CONNECTS), Ok)?;
                 sender.set_write_timeout(Some(self.within))?;
                 sender.set_read_timeout(Some(self.within))?;
                 sending.push(scope.spawn(move || {
@@ -126,6 +130,8 @@ impl Transfer {
                         .context("waiting for a receiver")?;
                     Ok(sender.local_addr()?)
                 }));
+                // Its first bytes bring the connection about if the last packet of the handshake was lost.
+                let mut receiver = accept(&listener, self.within)?;
                 receiving.push(scope.spawn(move || self.receive(&mut receiver)));
             }
             for one in receiving {
@@ -146,6 +152,7 @@ impl Transfer {
     /// Takes one connection's bytes.
     fn receive(&self, stream: &mut TcpStream) -> Result<()> {
         stream.set_read_timeout(Some(if self.talks_back { TALK } else { self.within }))?;
+        stream.set_nodelay(true)?;
         let mut buffer = vec![0; 1 << 18];
         let mut arrived = 0;
         let mut latest = Instant::now();
