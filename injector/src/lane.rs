@@ -349,13 +349,18 @@ impl Lane {
 
     /// Removes it. Packets that are due leave before; what is still held beyond is lost, and their number is
     /// given. After an error it can be tried again.
-    pub fn remove(&mut self, held_for: Duration) -> Result<u64, LaneError> {
+    pub fn remove(&mut self) -> Result<u64, LaneError> {
+        if self.entry.is_some() {
+            self.await_empty();
+        }
+        self.remove_now()
+    }
+
+    /// The same without a wait for packets that are due.
+    fn remove_now(&mut self) -> Result<u64, LaneError> {
         let Some((id, entry)) = self.entry.take() else {
             return Ok(0);
         };
-        if held_for.is_zero() {
-            self.await_empty();
-        }
         let lost = self.queue().map_or(0, |queue| queue.qdisc.queued_packets);
         let removed = self.netns.run(|| delete(&entry));
         match removed {
@@ -379,7 +384,7 @@ impl Lane {
 
 impl Drop for Lane {
     fn drop(&mut self) {
-        if let Err(error) = self.remove(Duration::from_millis(1)) {
+        if let Err(error) = self.remove_now() {
             tracing::warn!("cannot remove a lane: {error}");
         }
     }

@@ -1,7 +1,7 @@
 //! The host as the daemon sees it: namespaces, interfaces and what is attached to them. A trait, so
 //! that the daemon's state machine is tested without privileges.
 
-use std::{io, os::fd::BorrowedFd, path::Path, sync::Arc, time::Duration};
+use std::{io, os::fd::BorrowedFd, path::Path, sync::Arc};
 
 use ipnet::IpNet;
 
@@ -185,8 +185,7 @@ impl Host for KernelHost {
     }
 
     fn remove_lane(&self, lane: &mut Lane) -> Result<u64, ErrorBody> {
-        lane.remove(Duration::ZERO)
-            .map_err(|error| lane_error(&error))
+        lane.remove().map_err(|error| lane_error(&error))
     }
 
     fn rx_dropped(&self, link: &TargetLink) -> Result<u64, ErrorBody> {

@@ -3,7 +3,7 @@
 
 use std::{
     ops::Deref,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -15,12 +15,12 @@ use super::{
 };
 
 /// The one that no test has at the moment.
-static IDLE: Mutex<Option<Injector>> = Mutex::new(None);
+static IDLE: Mutex<Option<Arc<Injector>>> = Mutex::new(None);
 
 /// An injector with a daemon of default settings and without rules. When the test is done with it, it goes to the next
 /// one, if it is as good as new; otherwise it ends.
 #[derive(Debug)]
-pub struct Lent(Option<Injector>);
+pub struct Lent(Arc<Injector>);
 
 impl Lent {
     /// The one that an earlier test has left, or a new one.
@@ -34,9 +34,22 @@ impl Lent {
                 ));
                 injector
             }
-            None => Injector::started(&[])?,
+            None => Arc::new(Injector::started(&[])?),
         };
-        Ok(Self(Some(injector)))
+        Ok(Self(injector))
+    }
+
+    /// `stats`, asked for at the socket: in emulation each start of the command takes half a second.
+    pub fn stats(&self) -> Result<Stats> {
+        let answer = self.connect()?.call("stats", &json!({}))?;
+        serde_json::from_value(answer).context("reading stats")
+    }
+
+    /// Heals one rule, at the socket.
+    pub fn heal(&self, name: &str) -> Result<()> {
+        let healed = self.connect()?.call("heal", &json!({"names": [name]}))?;
+        note(format!("healed {name}: {healed}"));
+        Ok(())
     }
 }
 
@@ -44,22 +57,19 @@ impl Deref for Lent {
     type Target = Injector;
 
     fn deref(&self) -> &Injector {
-        self.0.as_ref().expect("it is there until it is dropped")
+        &self.0
     }
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let Some(injector) = self.0.take() else {
-            return;
-        };
         if std::thread::panicking() {
             return;
         }
-        match as_good_as_new(&injector) {
+        match as_good_as_new(&self.0) {
             Ok(()) => {
-                note(injector.daemon_log());
-                *IDLE.lock().unwrap_or_else(PoisonError::into_inner) = Some(injector);
+                note(self.0.daemon_log());
+                *IDLE.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&self.0));
             }
             Err(error) => note(format!("the daemon serves no further test: {error:#}")),
         }
@@ -71,7 +81,7 @@ pub fn dismiss() {
     drop(take());
 }
 
-fn take() -> Option<Injector> {
+fn take() -> Option<Arc<Injector>> {
     IDLE.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 

@@ -12,10 +12,11 @@ use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 use tests::lab::{
     injector::{Connection, Injector},
+    moment::Commands,
     snapshot::Snapshot,
     stream::{Shot, Stream, now_ns},
     topology::Lab,
-    transcript::{Transcript, note, report},
+    transcript::{note, report},
     trial::{Need, trial},
 };
 
@@ -79,17 +80,18 @@ fn killed(worker: u64) -> Result<()> {
         nothing_is_left(&lab, &before, kill % 10 == 0).with_context(context)?;
 
         let from = now_ns();
-        let commands = give_commands(&injector, &lab, random.next_u64())?;
-        pause(&mut random, 60);
+        let netns = [lab.a().netns().to_owned(), lab.b().netns().to_owned()];
+        let commands = Commands::give(&injector, random.next_u64(), move |connection, random| {
+            command(connection, &netns, random)
+        })?;
+        commands.in_the_midst(6, &mut random)?;
         injector.kill_daemon().with_context(context)?;
         let dead = now_ns();
         windows.push(Window {
             from,
             to: dead + u64::try_from(LEASE.as_nanos())? + SLACK,
         });
-        let done = commands
-            .join()
-            .map_err(|_| anyhow::anyhow!("the commanding thread panicked"))?;
+        let done = commands.end()?;
         note(format!("kill {kill}: {done} commands were answered"));
         if kill % 10 == 5 {
             // Nobody comes to recover: the lease alone must do.
@@ -159,23 +161,6 @@ fn nothing_is_left(lab: &Lab, before: &[Snapshot; 2], thorough: bool) -> Result<
         }
     }
     Ok(())
-}
-
-/// Sends random commands over the socket, one after the other, until the daemon is no more; returns how
-/// many were answered.
-fn give_commands(injector: &Injector, lab: &Lab, seed: u64) -> Result<thread::JoinHandle<u32>> {
-    let mut connection = injector.connect()?;
-    let netns = [lab.a().netns().to_owned(), lab.b().netns().to_owned()];
-    let transcript = Transcript::current();
-    Ok(thread::spawn(move || {
-        transcript.adopt();
-        let mut random = StdRng::seed_from_u64(seed);
-        let mut answered = 0;
-        while command(&mut connection, &netns, &mut random).is_ok() {
-            answered += 1;
-        }
-        answered
-    }))
 }
 
 /// One command; an error of the connection ends the game, a refusal of the daemon does not.

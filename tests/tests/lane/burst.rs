@@ -94,7 +94,7 @@ fn sixty_four_super_packets_at_once() -> Result<()> {
             "{rule:?}"
         );
         stats.lanes_lost_nothing()?;
-        injector.json(&["heal", "slow"])?;
+        injector.heal("slow")?;
     }
     Ok(())
 }
@@ -281,7 +281,7 @@ fn healing_under_load_loses_nothing() -> Result<()> {
             ))?;
             stream.await_time(now_ns(), Duration::from_millis(60))?;
             injector.stats()?.lanes_lost_nothing()?;
-            injector.json(&["heal", "now"])?;
+            injector.heal("now")?;
             rounds += 1;
         }
         let rate = running.join().map_err(|_| anyhow!("the load panicked"))??;

@@ -126,7 +126,7 @@ fn exactly_the_drawn_packets_are_lost() -> Result<()> {
                     "{model} {direction} IPv6 {v6}: {gone} of {matched} lost, as drawn"
                 ));
                 stats.lanes_lost_nothing()?;
-                injector.json(&["heal", "lossy"])?;
+                injector.heal("lossy")?;
             }
         }
     }
@@ -180,7 +180,7 @@ fn exactly_the_drawn_packets_are_duplicated() -> Result<()> {
         let copies = rule.egress.copies + rule.ingress.copies;
         ensure!(copies == 2 * u64::try_from(doubled.len())?, "{rule:?}");
         stats.lanes_lost_nothing()?;
-        injector.json(&["heal", "double"])?;
+        injector.heal("double")?;
     }
     Ok(())
 }
@@ -221,7 +221,7 @@ fn positions_count_wire_packets() -> Result<()> {
             "{direction}: {rule:?}"
         );
         stats.lanes_lost_nothing()?;
-        injector.json(&["heal", "tenth"])?;
+        injector.heal("tenth")?;
     }
     Ok(())
 }

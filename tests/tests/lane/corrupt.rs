@@ -309,7 +309,7 @@ fn exactly_the_drawn_bits_are_turned_over() -> Result<()> {
             "{}: {counted} of {COUNT} datagrams to {target} corrupted, bit by bit as drawn",
             asked.words
         ));
-        injector.json(&["heal", "noise"])?;
+        injector.heal("noise")?;
     }
     Ok(())
 }
@@ -452,7 +452,7 @@ fn broken_datagrams_are_dropped_and_counted() -> Result<()> {
         report(format!(
             "egress {egress}, IPv6 {v6}, verified before {offload}: {name} {errors}, as drawn"
         ));
-        injector.json(&["heal", "noise"])?;
+        injector.heal("noise")?;
     }
     Ok(())
 }
@@ -633,7 +633,7 @@ fn echoes() -> Result<()> {
             );
             stats.lanes_lost_nothing()?;
             report(format!("{proto} {checksum}: {errors} checksum errors"));
-            injector.json(&["heal", "noise"])?;
+            injector.heal("noise")?;
         }
     }
     Ok(())

@@ -111,7 +111,7 @@ fn each_packet_gets_the_delay_that_its_number_draws() -> Result<()> {
         let late = median(&late);
         report(format!("{name}: {late:.3} ms later than drawn"));
         ensure!(late.abs() < LATE_MS, "{name}: {late} ms later than drawn");
-        injector.json(&["heal", "jittery"])?;
+        injector.heal("jittery")?;
     }
     Ok(())
 }
@@ -183,7 +183,7 @@ fn distributions_are_the_asked_ones() -> Result<()> {
         ensure!(right < BOUND, "{name}: {right} from what was asked");
         ensure!(other > BOUND, "{name}: {other} from {} too", wrong.name());
         injector.stats()?.lanes_lost_nothing()?;
-        injector.json(&["heal", "jittery"])?;
+        injector.heal("jittery")?;
     }
     Ok(())
 }
@@ -275,7 +275,7 @@ fn distributions_of_files_are_the_asked_ones() -> Result<()> {
             applied["unchanged"]
         );
         injector.stats()?.lanes_lost_nothing()?;
-        injector.json(&["heal", "jittery"])?;
+        injector.heal("jittery")?;
     }
     Ok(())
 }
@@ -318,7 +318,7 @@ fn correlation_is_the_asked_one() -> Result<()> {
             far < bound,
             "correlation {asked} changed the distribution: {far}"
         );
-        injector.json(&["heal", "jittery"])?;
+        injector.heal("jittery")?;
     }
     Ok(())
 }

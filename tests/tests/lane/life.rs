@@ -68,7 +68,7 @@ fn healing_lets_held_packets_leave_at_their_time() -> Result<()> {
         let (from, to) = if egress { (a, b) } else { (b, a) };
         let path = Timed::v4(from, 6000, to, 7000)?;
         let mut sent = path.send(1..=50, Duration::from_millis(1))?;
-        injector.json(&["heal", "slow"])?;
+        injector.heal("slow")?;
         sent.extend(path.send(51..=100, Duration::from_millis(1))?);
         let arrived = path.receive(100, Duration::from_millis(50), Duration::from_secs(10))?;
         ensure!(
@@ -193,7 +193,7 @@ fn a_flush_drops_what_its_rule_holds_and_nothing_else() -> Result<()> {
             );
         }
         injector.stats()?.lanes_lost_nothing()?;
-        injector.json(&["heal", "other"])?;
+        injector.heal("other")?;
         wait_until("the lane has gone", deadline, || {
             Ok(before.must_equal(&Snapshot::of(&a.ns)?).is_ok())
         })?;
@@ -258,7 +258,7 @@ fn order_is_kept_when_one_of_two_rules_ends() -> Result<()> {
     }
     let path = Timed::v4(a, 6000, b, 7000)?;
     path.send(1..=30, Duration::from_millis(1))?;
-    injector.json(&["heal", "slow"])?;
+    injector.heal("slow")?;
     path.send(31..=60, Duration::from_millis(1))?;
     let arrived = path.receive(60, Duration::from_millis(50), Duration::from_secs(10))?;
     ensure!(

@@ -63,7 +63,7 @@ fn longer_packets_vanish() -> Result<()> {
             "{rule:?}"
         );
         stats.lanes_lost_nothing()?;
-        injector.json(&["heal", "hole"])?;
+        injector.heal("hole")?;
     }
     Ok(())
 }

@@ -78,7 +78,7 @@ fn it_holds_what_was_asked() -> Result<()> {
         );
         report(format!("{queue}: {taken} of 60"));
         stats.lanes_lost_nothing()?;
-        injector.json(&["heal", "line"])?;
+        injector.heal("line")?;
     }
     Ok(())
 }
@@ -239,7 +239,7 @@ fn marks_are_seen() -> Result<()> {
             );
         }
         stats.lanes_lost_nothing()?;
-        injector.json(&["heal", "line"])?;
+        injector.heal("line")?;
     }
     Ok(())
 }

@@ -130,7 +130,7 @@ fn eight_streams_share_the_cpus_and_keep_their_order() -> Result<()> {
             "a queue was not used: {sent:?}"
         );
         injector.stats()?.lanes_lost_nothing()?;
-        injector.json(&["heal", "slow"])?;
+        injector.heal("slow")?;
     }
     Ok(())
 }
@@ -220,7 +220,7 @@ fn limits_follow_the_rules_and_held_packets_stay() -> Result<()> {
     // Up while packets are held, and down again with the rule.
     injector.add(&rule("long", 7002, "5s"))?;
     let long = limit()?;
-    injector.json(&["heal", "long"])?;
+    injector.heal("long")?;
     let arrived = path.receive(100, Duration::ZERO, Duration::from_secs(10))?;
     ensure!(
         arrived.iter().map(|one| one.number).eq(1..=100)
@@ -234,7 +234,7 @@ fn limits_follow_the_rules_and_held_packets_stay() -> Result<()> {
         short < half && half <= long,
         "limits do not follow: {short}, {half}, {long}"
     );
-    injector.json(&["heal", "half"])?;
+    injector.heal("half")?;
     wait_until("the limit is low again", Duration::from_secs(20), || {
         Ok(limit()? == short)
     })?;

@@ -364,7 +364,7 @@ fn shares() -> Result<()> {
         } else {
             ensure!(apart < -0.7, "{share}: {apart}");
         }
-        injector.json(&["heal", "line"])?;
+        injector.heal("line")?;
     }
     Ok(())
 }

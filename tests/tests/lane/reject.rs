@@ -72,7 +72,7 @@ fn what_is_rejected_is_not_delayed() -> Result<()> {
             "{rule:?} {slow:?}"
         );
         stats.lanes_lost_nothing()?;
-        injector.json(&["heal", "no"])?;
+        injector.heal("no")?;
     }
     Ok(())
 }

@@ -57,7 +57,7 @@ fn packets_are_delayed_and_the_host_is_as_before() -> Result<()> {
             "{rule:?}"
         );
         stats.lanes_lost_nothing()?;
-        injector.json(&["heal", "slow"])?;
+        injector.heal("slow")?;
         wait_until("the host is as before", Duration::from_secs(5), || {
             Ok(before.must_equal(&Snapshot::of(&a.ns)?).is_ok())
         })?;

@@ -108,7 +108,7 @@ fn what_is_held_comes_in_a_burst_and_in_order() -> Result<()> {
             taken[0]
         );
         stats.lanes_lost_nothing()?;
-        injector.json(&["heal", "pause"])?;
+        injector.heal("pause")?;
     }
     Ok(())
 }

@@ -1,14 +1,7 @@
 //! Everything is undone exactly, lanes too: however the daemon ends, and killed at random moments while lanes are
 //! made, used and removed.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
@@ -17,11 +10,12 @@ use serde_json::{Value, json};
 use tests::lab::{
     foreign,
     injector::{Connection, Injector, Mode},
+    moment::Commands,
     netns::Netns,
     snapshot::Snapshot,
     timed::Timed,
     topology::Lab,
-    transcript::{Transcript, note, report},
+    transcript::{note, report},
     trial::{Need, trial},
     wait::wait_until,
 };
@@ -182,8 +176,6 @@ fn unchanged(lab: &Lab, before: &[Snapshot; 2], within: Duration) -> Result<()> 
 
 /// Kills in one test; ten times as many with `--full`.
 const KILLS: u32 = 5;
-/// Where no command has been answered yet: about as long as the first takes.
-const MOMENT: Duration = Duration::from_millis(50);
 
 fn killed_at_random_moments() -> Result<()> {
     let seed = std::env::var("LAB_SEED")
@@ -207,21 +199,13 @@ fn killed_at_random_moments() -> Result<()> {
             .with_context(context)?;
         // What the one before left was undone as this one started, before it served.
         unchanged(&lab, &before, Duration::ZERO).with_context(context)?;
-        let answered = Arc::new(AtomicU32::new(0));
-        let commands = give_commands(&injector, &lab, random.next_u64(), &answered)?;
-        // In the midst of one of the first commands, however long they take on this machine.
-        let began = Instant::now();
-        let after = random.random_range(0..4);
-        wait_until("commands are answered", Duration::from_mins(1), || {
-            Ok(answered.load(Ordering::Relaxed) >= after)
+        let netns = [lab.a().netns().to_owned(), lab.b().netns().to_owned()];
+        let commands = Commands::give(&injector, random.next_u64(), move |connection, random| {
+            command(connection, &netns, random)
         })?;
-        let each = began.elapsed() / after.max(1);
-        thread::sleep(each.max(MOMENT).mul_f64(random.random()));
+        commands.in_the_midst(4, &mut random)?;
         injector.kill_daemon().with_context(context)?;
-        commands
-            .join()
-            .map_err(|_| anyhow::anyhow!("the commanding thread panicked"))?;
-        let done = answered.load(Ordering::Relaxed);
+        let done = commands.end()?;
         let there = lab
             .nodes
             .iter()
@@ -240,26 +224,6 @@ fn killed_at_random_moments() -> Result<()> {
     report(format!("{lanes} lanes were left behind and removed"));
     ensure!(lanes > 0, "no lane was ever left: nothing was tested");
     Ok(())
-}
-
-/// Sends random commands until the daemon is no more; counts those that were answered.
-fn give_commands(
-    injector: &Injector,
-    lab: &Lab,
-    seed: u64,
-    answered: &Arc<AtomicU32>,
-) -> Result<thread::JoinHandle<()>> {
-    let answered = Arc::clone(answered);
-    let mut connection = injector.connect()?;
-    let netns = [lab.a().netns().to_owned(), lab.b().netns().to_owned()];
-    let transcript = Transcript::current();
-    Ok(thread::spawn(move || {
-        transcript.adopt();
-        let mut random = StdRng::seed_from_u64(seed);
-        while command(&mut connection, &netns, &mut random).is_ok() {
-            answered.fetch_add(1, Ordering::Relaxed);
-        }
-    }))
 }
 
 /// One command; an error of the connection ends the game, a refusal of the daemon does not.

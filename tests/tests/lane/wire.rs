@@ -136,7 +136,7 @@ fn bulk_tcp_loses_single_packets() -> Result<()> {
             must_be_gilbert_elliott(packets, R_TCP, lost)?;
         }
         injector.stats()?.lanes_lost_nothing()?;
-        injector.json(&["heal", name])?;
+        injector.heal(name)?;
     }
     netem_beside(a, b)
 }
@@ -253,7 +253,7 @@ fn super_packets_lose_single_packets() -> Result<()> {
             must_be_gilbert_elliott(count.into(), R, lost)?;
         }
         injector.stats()?.lanes_lost_nothing()?;
-        injector.json(&["heal", name])?;
+        injector.heal(name)?;
     }
     // Whoever loses super-packets as a whole is found out.
     let path = Timed::v4(a, 6001, b, 7001)?;
@@ -327,7 +327,7 @@ fn what_is_the_same_for_all_skips_the_segmenter() -> Result<()> {
             );
             firsts.push(first);
             injector.stats()?.lanes_lost_nothing()?;
-            injector.json(&["heal", "same"])?;
+            injector.heal("same")?;
         }
         if fault.starts_with("--delay") {
             ensure!(
