@@ -103,7 +103,7 @@ impl StatsArgs {
             Vec::new()
         };
         let mut document = json!({
-            "rules": [], "targets": [], "tables": [], "lanes": [],
+            "rules": [], "targets": [], "tables": [], "lanes": [], "flushes": [],
             "lane_losses": LaneLosses::default(), "lapses": 0, "daemon": null,
             "recovered": recovery,
         });

@@ -62,8 +62,7 @@ pub fn iperf(from: &Node, to: &Node, arguments: &[&str]) -> Result<Report> {
         let output = command::run(client, DEADLINE)?.success()?;
         Ok(Some(Report(serde_json::from_str(&output.stdout)?)))
     })?;
-    server
-        .wait(Duration::from_secs(30))?
-        .context("the iperf3 server did not end after its one test")?;
+    // It means to end now, and now and then listens again instead (3.12, on a slow machine): then it is ended.
+    server.wait(Duration::from_secs(1))?;
     Ok(report)
 }

@@ -307,6 +307,12 @@ fn no_daemon() -> Result<()> {
             output.describe()
         );
     }
+    // Whoever reads the JSON finds the same fields as from a daemon.
+    let stats = injector.stats()?;
+    ensure!(
+        stats.rules.is_empty() && stats.lanes.is_empty() && stats.flushes.is_empty(),
+        "{stats:?}"
+    );
     // A command that needs one starts it, says so, and it serves.
     let lab = Lab::pair()?;
     let output = injector.ok(&[
