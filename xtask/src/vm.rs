@@ -315,10 +315,12 @@ impl Machine<'_> {
     }
 
     fn qemu(&self, disk: &Path, back: &Path) -> Command {
-        // What a boot can do without costs seconds in emulation. There is no clock but the emulated one.
+        // What a boot can do without costs seconds in emulation. There is no clock but the emulated one. Translated
+        // code is found again by its virtual address: with addresses at random each start of a program is translated
+        // anew (the injector's command line: 0.55 s each time, and 0.16 s without).
         let options = "console=ttyS0 quiet panic=-1 nokaslr mitigations=off \
-                       initcall_blacklist=jent_mod_init,load_system_certificate_list cryptomgr.notests apparmor=0 \
-                       audit=0 no_timer_check tsc=reliable";
+                       norandmaps initcall_blacklist=jent_mod_init,load_system_certificate_list \
+                       cryptomgr.notests apparmor=0 audit=0 no_timer_check tsc=reliable";
         let mut command = Command::new("qemu-system-x86_64");
         let mut serial = OsString::from("file:");
         serial.push(back);
