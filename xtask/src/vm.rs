@@ -27,7 +27,7 @@ use crate::setup::{Setup, TOOLS};
 use crate::workspace;
 
 /// Programs of the host that tests, or somebody at the console, call.
-const PROGRAMS: [&str; 46] = [
+const PROGRAMS: [&str; 47] = [
     "awk",
     "basename",
     "bash",
@@ -51,6 +51,7 @@ const PROGRAMS: [&str; 46] = [
     "mount",
     "mv",
     "nsenter",
+    "paste",
     "pgrep",
     "ps",
     "rm",

@@ -187,7 +187,7 @@ pub struct Scenario {
     /// How long the run goes on after the last fault was healed.
     #[serde(default = "settle")]
     pub settle: Period,
-    /// How the run is expected to end; with `failed` a run that fails as expected is a success.
+    /// How the run is expected to end; a run that fails as expected is a success.
     #[serde(default)]
     pub expect: Expectation,
     /// Where reports go.
@@ -204,14 +204,16 @@ fn settle() -> Period {
 }
 
 /// How a run is expected to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Expectation {
     /// Everything holds.
     #[default]
     Passed,
-    /// A check fails: the service is known not to stand this.
+    /// Checks fail, whichever, and nothing else does: the service is known not to stand this.
     Failed,
+    /// These checks fail, and nothing else does: `{fails: [no-write-is-lost]}`.
+    Fails(OneOrMany),
 }
 
 /// Where rules act that do not say so themselves. In a lab that is `eth0` of each node that a step is about.

@@ -15,8 +15,8 @@ use siphasher::sip::SipHasher24;
 
 use super::{
     file::{
-        After, Check, Edge, FileError, Loop, OneOrMany, Partition, Place, Processes, Ramp,
-        RunCommand, Scenario, Service, Step, When,
+        After, Check, Edge, Expectation, FileError, Loop, OneOrMany, Partition, Place, Processes,
+        Ramp, RunCommand, Scenario, Service, Step, When,
     },
     names::Hosts,
     nemesis,
@@ -24,7 +24,7 @@ use super::{
     vocabulary::{self, Context},
 };
 use crate::rules::{
-    MAX_NAME_LENGTH, Problem, RuleSpec, check_name,
+    FaultSpec, MAX_NAME_LENGTH, Problem, RuleSpec, check_name,
     hosts::Hosts as SystemHosts,
     text::{address, distribution, duration, rate},
 };
@@ -114,7 +114,8 @@ pub enum Action {
     },
     /// A fault changes from value to value.
     Ramp {
-        /// For each value its text and its rules, which have the same names each time.
+        /// For each value its text and its rules, which have the same names each time. Without rules where the value
+        /// is zero and the fault has nothing else; all of them on hosts whose part the step is not.
         values: Vec<(String, Vec<RuleSpec>)>,
         /// How long each value lasts.
         each: Duration,
@@ -247,6 +248,17 @@ impl Planner<'_> {
                 );
             }
             self.check(at, &check.value);
+        }
+        if let Expectation::Fails(names) = &self.scenario.expect {
+            for name in names.list() {
+                if !seen.contains(name) {
+                    let known = self.check_names();
+                    self.wrong(
+                        None,
+                        format!("'expect': there is no check '{name}'; there are: {known}"),
+                    );
+                }
+            }
         }
         let Some(lab) = &self.scenario.lab else {
             return;
@@ -953,6 +965,10 @@ impl Planner<'_> {
             return None;
         }
         let texts = match between(&ramp.from, &ramp.to, ramp.steps) {
+            Ok(texts) if texts.iter().all(|text| is_nothing(text)) => {
+                self.wrong(at, "a ramp goes to or from a value above zero");
+                return None;
+            }
             Ok(texts) => texts,
             Err(problem) => {
                 self.wrong(at, format!("ramp: {problem}"));
@@ -961,14 +977,17 @@ impl Planner<'_> {
         };
         let mut values = Vec::with_capacity(texts.len());
         for text in texts {
-            let rule = match with_field(&ramp.rule, &ramp.field, &text) {
+            let rule = match at_value(&ramp.rule, &ramp.field, &text) {
                 Ok(rule) => rule,
                 Err(problem) => {
                     self.wrong(at, format!("ramp: {problem}"));
                     return None;
                 }
             };
-            let rules = self.rules(at, &rule, path, selves)?;
+            let rules = match rule {
+                Some(rule) => self.rules(at, &rule, path, selves)?,
+                None => Vec::new(),
+            };
             values.push((text, rules));
         }
         Some(Action::Ramp {
@@ -1391,6 +1410,21 @@ fn between(from: &str, to: &str, count: u32) -> Result<Vec<String>, String> {
     Err(format!(
         "'{from}' and '{to}' are not two times (0ms, 2s), two shares (0%, 5%), two rates (1mbit) or two numbers"
     ))
+}
+
+/// Whether a value of a ramp is a time or a share of zero.
+fn is_nothing(text: &str) -> bool {
+    ["0s", "0.000000%"].contains(&text)
+}
+
+/// The rule of a ramp at one of its values; none where the value is zero and there is no other fault.
+fn at_value(rule: &RuleSpec, field: &str, text: &str) -> Result<Option<RuleSpec>, String> {
+    let with = with_field(rule, field, text)?;
+    // A delay of zero is one if it varies.
+    if !is_nothing(text) || (field == "delay" && with.fault.jitter.is_some()) {
+        return Ok(Some(with));
+    }
+    Ok((rule.fault != FaultSpec::default()).then(|| rule.clone()))
 }
 
 /// A rule with one field of its fault set.
@@ -1874,6 +1908,41 @@ steps:
             .collect();
         assert_eq!(delays.len(), 4);
         assert_eq!((delays[0].as_str(), delays[3].as_str()), ("1ms", "2s"));
+    }
+
+    #[test]
+    fn ramps_begin_and_end_without_a_fault() {
+        let faults = |ramp: &str| -> Vec<Option<FaultSpec>> {
+            let plan = good(
+                &format!("steps:\n  - ramp: {{{ramp}, over: 60s, steps: 3}}\n"),
+                &["a"],
+            );
+            let Action::Ramp { values, .. } = &plan.steps[0].action else {
+                panic!()
+            };
+            values
+                .iter()
+                .map(|(_, rules)| rules.first().map(|rule| rule.fault.clone()))
+                .collect()
+        };
+        let delays = faults("rule: {peer: b}, field: delay, from: 0ms, to: 2s");
+        assert_eq!(delays[0], None);
+        assert_eq!(delays[2].as_ref().unwrap().delay.as_deref(), Some("2s"));
+        let losses = faults("rule: {peer: b}, field: loss, from: 5%, to: 0%");
+        assert!(losses[1].is_some());
+        assert_eq!(losses[2], None);
+        // Another fault of the rule stays, and a delay of zero that varies is one.
+        let beside =
+            faults("rule: {peer: b, fault: {duplicate: 1%}}, field: loss, from: 0%, to: 5%");
+        assert_eq!(beside[0].as_ref().unwrap().loss, None);
+        assert_eq!(beside[0].as_ref().unwrap().duplicate.as_deref(), Some("1%"));
+        let varying =
+            faults("rule: {peer: b, fault: {jitter: 5ms}}, field: delay, from: 0ms, to: 2s");
+        assert_eq!(varying[0].as_ref().unwrap().delay.as_deref(), Some("0s"));
+        let nothing = format!(
+            "{HEAD}steps:\n  - ramp: {{rule: {{peer: b}}, field: delay, from: 0ms, to: 0s, over: 5s}}\n"
+        );
+        assert!(planned(&nothing, &["a"], 1).is_err());
     }
 
     #[test]

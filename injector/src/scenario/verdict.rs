@@ -1,6 +1,6 @@
 //! Judging a run by its records: passed, failed, or void (it says nothing about the service).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     file::{Expectation, Kind},
@@ -32,14 +32,15 @@ const RATE_PACKETS: u64 = 100;
 pub fn judge(records: &[Record]) -> RunEnded {
     let mut void = Vec::new();
     let mut failed = Vec::new();
-    let mut expect = Expectation::Passed;
+    let mut failed_checks = Vec::new();
+    let mut expect = &Expectation::Passed;
     let mut checks: &[CheckInfo] = &[];
     let mut steady = None;
     let mut healed = None;
     for record in records {
         match &record.event {
             Event::RunStarted(started) => {
-                expect = started.expect;
+                expect = &started.expect;
                 checks = &started.checks;
             }
             Event::Steady { .. } => steady = Some(record.t),
@@ -75,7 +76,7 @@ pub fn judge(records: &[Record]) -> RunEnded {
                     .get(check.name.as_str())
                     .map_or(&[][..], Vec::as_slice);
                 if let Some(reason) = judge_check(check, answers, steady, healed) {
-                    failed.push(reason);
+                    failed_checks.push((check.name.as_str(), reason));
                 }
             }
         }
@@ -86,25 +87,57 @@ pub fn judge(records: &[Record]) -> RunEnded {
     }
     let verdict = if !void.is_empty() {
         Verdict::Void
-    } else if !failed.is_empty() {
+    } else if !failed.is_empty() || !failed_checks.is_empty() {
         Verdict::Failed
     } else {
         Verdict::Passed
     };
-    let as_expected = matches!(
-        (verdict, expect),
-        (Verdict::Passed, Expectation::Passed) | (Verdict::Failed, Expectation::Failed)
-    );
+    let (as_expected, instead) = expectation(verdict, expect, &failed, &failed_checks);
     let mut reasons = void;
     reasons.append(&mut failed);
-    if verdict == Verdict::Passed && expect == Expectation::Failed {
-        reasons.push("it was expected to fail, and did not".to_owned());
-    }
+    reasons.extend(failed_checks.into_iter().map(|(_, reason)| reason));
+    reasons.extend(instead);
     RunEnded {
         verdict,
         as_expected,
         reasons,
     }
+}
+
+/// Whether a run ended as expected; where it failed and another failure was expected, or none came, what was expected.
+fn expectation(
+    verdict: Verdict,
+    expect: &Expectation,
+    failed: &[String],
+    checks: &[(&str, String)],
+) -> (bool, Option<String>) {
+    if verdict == Verdict::Void {
+        return (false, None);
+    }
+    let expected = match expect {
+        Expectation::Passed => return (verdict == Verdict::Passed, None),
+        _ if verdict == Verdict::Passed => {
+            return (
+                false,
+                Some("it was expected to fail, and did not".to_owned()),
+            );
+        }
+        Expectation::Failed => None,
+        Expectation::Fails(names) => Some(names.list()),
+    };
+    let found: BTreeSet<&str> = checks.iter().map(|(name, _)| *name).collect();
+    let as_named = expected
+        .is_none_or(|names| found == names.iter().map(String::as_str).collect::<BTreeSet<&str>>());
+    if failed.is_empty() && as_named {
+        return (true, None);
+    }
+    let expected = expected.map_or_else(|| "checks".to_owned(), |names| names.join(", "));
+    (
+        false,
+        Some(format!(
+            "it was expected that {expected} fail, and nothing else"
+        )),
+    )
 }
 
 /// An answer of a check: when it was there, and what it was.
@@ -323,7 +356,7 @@ fn disagrees(rule: &RuleStats, realised: &Realised) -> Option<String> {
 mod tests {
     use jiff::Timestamp;
 
-    use super::*;
+    use super::{super::file::OneOrMany, *};
     use crate::{
         protocol::{RuleCounters, RuleState},
         scenario::record::{Checked, FaultStarted, RunStarted},
@@ -584,5 +617,31 @@ mod tests {
         );
         void.push(record(6.0, Event::Trouble { text: "x".into() }));
         assert!(!judge(&void).as_expected);
+    }
+
+    #[test]
+    fn another_failure_than_the_expected_one_is_none() {
+        let failing = [(1.5, true), (3.0, false)];
+        let named = |name: &str| Expectation::Fails(OneOrMany::One(name.to_owned()));
+        let of = |expect: Expectation, matched: u64| {
+            judge(&run(
+                Kind::Safety,
+                &failing,
+                rule(matched, vec![], "cut"),
+                expect,
+            ))
+        };
+        assert!(of(named("c"), 1).as_expected);
+        for (expect, matched) in [
+            (named("other"), 1),
+            // The fault did nothing, which fails the run too.
+            (named("c"), 0),
+            (Expectation::Failed, 0),
+        ] {
+            let ended = of(expect, matched);
+            assert!(!ended.as_expected);
+            let last = ended.reasons.last().unwrap();
+            assert!(last.starts_with("it was expected that"), "{last}");
+        }
     }
 }

@@ -130,7 +130,7 @@ fn plays_as_expected(name: &str, text: &str) -> Result<()> {
     ensure!(output.code() == Some(0), "{}\n{}", output.describe(), log());
     let document: Value =
         serde_json::from_str(&output.stdout).with_context(|| output.describe())?;
-    let expected = if text.contains("expect: failed") {
+    let expected = if text.lines().any(|line| line.starts_with("expect: ")) {
         "failed"
     } else {
         "passed"

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use super::{World, recorder::Recorder};
 use crate::{
     client::{Client, ClientError},
+    dataplane::DataPlane,
     netlink::{self, NetlinkError},
     netns::{Netns, NetnsError},
     protocol::{AddArgs, AddResult, Call, HealArgs, HealResult, NoArgs, RuleStats, StatsResult},
@@ -125,7 +126,7 @@ impl Faults {
         .await
     }
 
-    /// Makes the rules of a step act. The receiver turns true when they are healed.
+    /// Makes the rules of a step act, of which there may be none yet. The receiver turns true when they are healed.
     pub(super) async fn start(
         &self,
         step: &str,
@@ -133,7 +134,7 @@ impl Faults {
         rules: Vec<RuleSpec>,
         expect_effect: bool,
     ) -> Result<watch::Receiver<bool>, FaultError> {
-        let names: BTreeSet<String> = rules.iter().filter_map(|rule| rule.name.clone()).collect();
+        let names = names(&rules);
         let (healed, receiver) = watch::channel(false);
         // Before they are added: whoever gives this up half-way can still heal them.
         self.locked().insert(
@@ -144,43 +145,58 @@ impl Faults {
                 healed,
             },
         );
-        let added = match self.add_rules(rules, false).await {
-            Ok(added) => added,
-            Err(error) => {
-                self.locked().remove(step);
-                return Err(error);
+        let (effect_ns, warnings) = if rules.is_empty() {
+            (DataPlane::monotonic_ns(), Vec::new())
+        } else {
+            match self.add_rules(rules, false).await {
+                Ok(added) => (added.effect_ns, added.warnings),
+                Err(error) => {
+                    self.locked().remove(step);
+                    return Err(error);
+                }
             }
         };
         self.recorder().write(Event::FaultStarted(FaultStarted {
             step: step.to_owned(),
             what: words.to_owned(),
             rules: names.into_iter().collect(),
-            effect_ns: added.effect_ns,
+            effect_ns,
             expect_effect,
         }));
-        for warning in added.warnings {
+        for warning in warnings {
             self.recorder().write(Event::Note { text: warning });
         }
         Ok(receiver)
     }
 
-    /// Changes the rules of a step to others of the same names, at once.
+    /// Changes the rules of a step to others of the same names, at once; to none where there are none.
     pub(super) async fn change(&self, step: &str, rules: Vec<RuleSpec>) -> Result<(), FaultError> {
-        // A rule that says something else begins to count anew.
-        let mut before = self.stats_of(step).await?;
-        self.add_rules(rules, true).await?;
+        let now = names(&rules);
+        let mut before = if rules.is_empty() {
+            let names = self.names_of(step);
+            self.heal_rules(step, names).await?
+        } else {
+            // A rule that says something else begins to count anew.
+            let before = self.stats_of(step).await?;
+            self.add_rules(rules, true).await?;
+            before
+        };
         if let Some(active) = self.locked().get_mut(step) {
             active.before.append(&mut before);
+            active.rules = now;
         }
         Ok(())
     }
 
-    async fn stats_of(&self, step: &str) -> Result<Vec<RuleStats>, FaultError> {
-        let names = self
-            .locked()
+    fn names_of(&self, step: &str) -> BTreeSet<String> {
+        self.locked()
             .get(step)
             .map(|active| active.rules.clone())
-            .unwrap_or_default();
+            .unwrap_or_default()
+    }
+
+    async fn stats_of(&self, step: &str) -> Result<Vec<RuleStats>, FaultError> {
+        let names = self.names_of(step);
         let stats: StatsResult = self.call(Call::Stats(NoArgs {})).await?;
         Ok(stats
             .rules
@@ -222,15 +238,8 @@ impl Faults {
         let Some(active) = self.locked().remove(step) else {
             return Ok(());
         };
-        let healed: HealResult = self
-            .call(Call::Heal(HealArgs {
-                names: active.rules.into_iter().collect(),
-                all: false,
-                flush: false,
-            }))
-            .await?;
         let mut rules = active.before;
-        rules.extend(healed.healed);
+        rules.extend(self.heal_rules(step, active.rules).await?);
         let matched = rules
             .iter()
             .map(|rule| rule.egress.matched_packets + rule.ingress.matched_packets)
@@ -245,13 +254,32 @@ impl Faults {
             matched_packets: matched,
             realised,
         }));
+        active.healed.send_replace(true);
+        Ok(())
+    }
+
+    /// Heals rules of a step, and tells what they did.
+    async fn heal_rules(
+        &self,
+        step: &str,
+        names: BTreeSet<String>,
+    ) -> Result<Vec<RuleStats>, FaultError> {
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
+        let healed: HealResult = self
+            .call(Call::Heal(HealArgs {
+                names: names.into_iter().collect(),
+                all: false,
+                flush: false,
+            }))
+            .await?;
         for problem in healed.problems {
             self.recorder().write(Event::Trouble {
                 text: format!("healing step {step}: {problem}"),
             });
         }
-        active.healed.send_replace(true);
-        Ok(())
+        Ok(healed.healed)
     }
 
     /// Writes down the counters of the rules that act.
@@ -279,6 +307,10 @@ impl Faults {
     fn locked(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Active>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn names(rules: &[RuleSpec]) -> BTreeSet<String> {
+    rules.iter().filter_map(|rule| rule.name.clone()).collect()
 }
 
 /// Gives a rule that names no interface those that lead to its peers.

@@ -328,6 +328,12 @@ impl Player {
         begun: &Begun,
     ) -> Outcomes {
         let start = Instant::now();
+        if values.iter().all(|(_, rules)| rules.is_empty()) {
+            begun();
+            self.pause_for(each * u32::try_from(values.len()).unwrap_or(u32::MAX))
+                .await;
+            return Ok(None);
+        }
         let mut healed = None;
         for (index, (text, rules)) in (0_u32..).zip(values) {
             let failed = |error: super::faults::FaultError| format!("at {text}: {error}");
