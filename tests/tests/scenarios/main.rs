@@ -79,6 +79,11 @@ fn main() -> ExitCode {
         &[],
         the_library_is_complete,
     ));
+    trials.push(trial(
+        "host::the_guide_s_examples_are_right",
+        &[Need::Injector],
+        the_guide_s_examples_are_right,
+    ));
     if arguments.list || !nix::unistd::geteuid().is_root() {
         return libtest_mimic::run(&arguments, trials).exit_code();
     }
@@ -202,5 +207,52 @@ fn the_library_is_complete() -> Result<()> {
             "no scenario shows {name}"
         );
     }
+    Ok(())
+}
+
+/// Each example of the guide is a scenario, or the steps of one, of which there is a plan.
+fn the_guide_s_examples_are_right() -> Result<()> {
+    /// What steps without a scenario around them are about.
+    const AROUND: &str = "\
+name: example
+lab:
+  nodes: [n1, n2, n3, db]
+  services:
+    - {name: etcd1, on: n1, run: sleep 9}
+    - {name: etcd2, on: n2, run: sleep 9}
+    - {name: etcd3, on: n3, run: sleep 9}
+";
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let guide = fs::read_to_string(root.join("docs/scenarios.md"))?;
+    let dir = Scratch::new()?;
+    let injector = Injector::new()?;
+    let mut found = 0;
+    for block in guide.split("```yaml\n").skip(1) {
+        let text = block.split("```").next().unwrap_or_default();
+        // An example for another program.
+        if text.starts_with("jobs:") {
+            continue;
+        }
+        let mut arguments = vec!["run", "--dry-run", "--seed", "7"];
+        let text = if text.starts_with("steps:") {
+            format!("{AROUND}{text}")
+        } else {
+            // The first of its hosts is this one.
+            let host = text
+                .split_once("hosts: {")
+                .and_then(|(_, hosts)| hosts.split(':').next())
+                .with_context(|| format!("an example without hosts: {text}"))?;
+            arguments.extend(["--self", host]);
+            text.to_owned()
+        };
+        let file = dir.path().join("example.yaml");
+        fs::write(&file, &text)?;
+        let mut command = injector.cli(&arguments);
+        command.arg(&file);
+        let output = run(command, PLAYED)?;
+        ensure!(output.code() == Some(0), "{text}\n{}", output.describe());
+        found += 1;
+    }
+    ensure!(found >= 4, "the guide has only {found} examples");
     Ok(())
 }
