@@ -54,6 +54,7 @@ const LIBRARY: &[(&str, &str)] = library! {
     lane "etcd-slow-follower",
     lane "http-corruption",
     lane "nginx-bufferbloat",
+    lane "nginx-find-the-timeout",
     lane "nginx-indistinguishable",
     lane "nginx-links",
     lane "nginx-omission",

@@ -327,7 +327,6 @@ impl Player {
         words: &str,
         begun: &Begun,
     ) -> Outcomes {
-        let start = Instant::now();
         if values.iter().all(|(_, rules)| rules.is_empty()) {
             begun();
             self.pause_for(each * u32::try_from(values.len()).unwrap_or(u32::MAX))
@@ -335,7 +334,7 @@ impl Player {
             return Ok(None);
         }
         let mut healed = None;
-        for (index, (text, rules)) in (0_u32..).zip(values) {
+        for (text, rules) in values {
             let failed = |error: super::faults::FaultError| format!("at {text}: {error}");
             match &healed {
                 None => {
@@ -365,7 +364,8 @@ impl Player {
                 biased;
                 _ = stopping.wait_for(Option::is_some) => break,
                 _ = ended => return Ok(None),
-                () = sleep_until(start + each * (index + 1)) => {}
+                // From when it is in force: where a change takes long (a first lane, a slow host) no value is skipped.
+                () = sleep(each) => {}
             }
         }
         self.faults
