@@ -2,6 +2,7 @@
 
 use std::{
     sync::{Mutex, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -89,6 +90,7 @@ impl Kernel {
     }
 
     fn commit(&mut self, setup: &Setup, skipped: Duration) -> anyhow::Result<()> {
+        wait_for_the_clock(setup);
         let loaded = self.loaded()?;
         let ready = loaded
             .placing
@@ -106,6 +108,14 @@ impl Kernel {
         self.targets = targets.iter().map(|target| target.slot).collect();
         Ok(())
     }
+}
+
+/// Waits until the oldest rule may have begun: the clock of a machine that has just booted does not go back so far.
+fn wait_for_the_clock(setup: &Setup) {
+    const MARGIN: Duration = Duration::from_secs(1);
+    let oldest = setup.rules.iter().map(|entry| entry.age).max();
+    let up = Duration::from_nanos(DataPlane::monotonic_ns());
+    thread::sleep((oldest.unwrap_or_default() + MARGIN).saturating_sub(up));
 }
 
 impl Drop for Kernel {
