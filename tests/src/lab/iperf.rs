@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::{
@@ -58,9 +58,13 @@ pub fn iperf(from: &Node, to: &Node, arguments: &[&str]) -> Result<Report> {
         let mut client = services::command(&from.ns, &program)?;
         client.args(["--client", &address, "--port", PORT, "--json"]);
         client.args(arguments);
-        // The server may not be listening yet.
         let output = command::run(client, DEADLINE)?.success()?;
-        Ok(Some(Report(serde_json::from_str(&output.stdout)?)))
+        let report: Value = serde_json::from_str(&output.stdout)?;
+        // The server may not be listening yet, and with `--json` that is no failure of the client's.
+        if let Some(error) = report["error"].as_str() {
+            bail!("iperf3: {error}");
+        }
+        Ok(Some(Report(report)))
     })?;
     // It means to end now, and now and then listens again instead (3.12, on a slow machine): then it is ended.
     server.wait(Duration::from_secs(1))?;
