@@ -349,7 +349,8 @@ pub(crate) const IN_MACHINES: [&str; 4] = [LANE, "program", SCENARIOS, "lab"];
 /// How long one test program may take in emulation.
 const MACHINE_DEADLINE: Duration = Duration::from_mins(50);
 
-/// Machines at one time. Each keeps one of two CPUs busy, two thirds of the time.
+/// Machines at one time. Each keeps one of two CPUs busy, most of the time: three take as long, and disturb what is
+/// timed.
 const MACHINES: usize = 2;
 
 /// The tier of virtual machines. Failures of all kernels are collected.

@@ -3,7 +3,13 @@
 //! Those whose names begin with `host` need no lane, those with `lane` a kernel with fq and VLAN devices. Needs root,
 //! `INJECTOR_BIN` and `INJECTOR_SERVICES`.
 
-use std::{collections::BTreeSet, fs, path::Path, process::ExitCode, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Arguments;
@@ -20,7 +26,7 @@ use tests::lab::{
     wait::wait_until,
 };
 
-/// The longest of them take half a minute, in emulation more.
+/// The longest of them take a minute, in emulation more.
 const PLAYED: Duration = Duration::from_mins(4);
 /// So many at once on a host: they wait most of the time.
 const THREADS: usize = 5;
@@ -165,10 +171,19 @@ fn logs_in(dir: &Path) -> Result<Vec<String>> {
     Ok(logs)
 }
 
+/// The project's folder.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The guide to scenarios.
+fn guide() -> Result<String> {
+    Ok(fs::read_to_string(root().join("docs/scenarios.md"))?)
+}
+
 /// Every file of the library is played here, and the published schema is the one that the types give.
 fn the_library_is_complete() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let files: BTreeSet<String> = fs::read_dir(root.join("scenarios"))?
+    let files: BTreeSet<String> = fs::read_dir(root().join("scenarios"))?
         .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
         .collect::<Result<_>>()?;
     let played: BTreeSet<String> = LIBRARY
@@ -180,14 +195,15 @@ fn the_library_is_complete() -> Result<()> {
         files == played,
         "in the folder {files:?}, played {played:?}"
     );
-    let schema: Value =
-        serde_json::from_str(&fs::read_to_string(root.join("docs/scenario.schema.json"))?)?;
+    let schema: Value = serde_json::from_str(&fs::read_to_string(
+        root().join("docs/scenario.schema.json"),
+    )?)?;
     let current = serde_json::to_value(injector::scenario::file::schema())?;
     ensure!(
         schema == current,
         "docs/scenario.schema.json is out of date: injector validate --schema > docs/scenario.schema.json"
     );
-    let guide = fs::read_to_string(root.join("docs/scenarios.md"))?;
+    let guide = guide()?;
     for file in &files {
         ensure!(
             guide.contains(file.as_str()),
@@ -223,8 +239,7 @@ lab:
     - {name: etcd2, on: n2, run: sleep 9}
     - {name: etcd3, on: n3, run: sleep 9}
 ";
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let guide = fs::read_to_string(root.join("docs/scenarios.md"))?;
+    let guide = guide()?;
     let dir = Scratch::new()?;
     let injector = Injector::new()?;
     let mut found = 0;
