@@ -116,12 +116,17 @@ impl Netns {
         })
     }
 
-    /// Runs several commands of `ip` in one process: in emulation each start takes a tenth of a second. Fails at the first that fails.
+    /// Runs several commands of `ip` in one process: in emulation each start takes a tenth of a second. Fails at the
+    /// first that fails.
     pub fn ip(&self, lines: &[String]) -> Result<()> {
-        let mut command = self.command("ip")?;
+        self.batch("ip", &lines.join("\n"))
+    }
+
+    /// The same for `ip` or `tc`, one command a line.
+    pub fn batch(&self, program: &str, input: &str) -> Result<()> {
+        let mut command = self.command(program)?;
         command.args(["-batch", "-"]);
-        let input = lines.join("\n");
-        note(&input);
+        note(input);
         command::run_with_input(command, input.as_bytes(), command::DEADLINE)?
             .success()
             .map(drop)

@@ -39,9 +39,31 @@ fn round_trips(text: &str) -> Option<RoundTrips> {
     })
 }
 
+/// How many pings were sent, and how many of them had no answer, from the summary:
+/// `2 packets transmitted, 1 received, 50% packet loss, time 1001ms`.
+#[must_use]
+pub fn sent_and_lost(text: &str) -> Option<(u64, u64)> {
+    let line = text
+        .lines()
+        .find(|line| line.contains(" packets transmitted, "))?;
+    let mut parts = line.split(", ");
+    let mut number = |unit: &str| parts.next()?.strip_suffix(unit)?.parse::<u64>().ok();
+    let sent = number(" packets transmitted")?;
+    let received = number(" received")?;
+    Some((sent, sent.checked_sub(received)?))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{RoundTrips, round_trips};
+    use super::{RoundTrips, round_trips, sent_and_lost};
+
+    #[test]
+    fn lost_pings_are_counted() {
+        let text = "--- 10.88.0.2 ping statistics ---\n\
+                    2 packets transmitted, 1 received, 50% packet loss, time 1001ms\n";
+        assert_eq!(sent_and_lost(text), Some((2, 1)));
+        assert_eq!(sent_and_lost("ping: 10.88.0.2: no route"), None);
+    }
 
     #[test]
     fn the_summary_is_read() {
