@@ -51,10 +51,18 @@ pub fn iperf(from: &Node, to: &Node, arguments: &[&str]) -> Result<Report> {
     let program = services::iperf3()?;
     let scratch = Scratch::new()?;
     let address = to.v4.to_string();
-    let mut server = services::command(&to.ns, &program)?;
-    server.args(["--server", "--one-off", "--bind", &address, "--port", PORT]);
-    let mut server = Process::start(server, &scratch.path().join("iperf3.log"))?;
+    let log = scratch.path().join("iperf3.log");
+    let serve = || {
+        let mut server = services::command(&to.ns, &program)?;
+        server.args(["--server", "--one-off", "--bind", &address, "--port", PORT]);
+        Process::start(server, &log)
+    };
+    let mut server = serve()?;
     let report = wait_for("iperf3 has measured", Duration::from_mins(1), || {
+        // A server whose one test failed has ended.
+        if server.ended()?.is_some() {
+            server = serve()?;
+        }
         let mut client = services::command(&from.ns, &program)?;
         client.args(["--client", &address, "--port", PORT, "--json"]);
         client.args(arguments);
@@ -62,7 +70,7 @@ pub fn iperf(from: &Node, to: &Node, arguments: &[&str]) -> Result<Report> {
         let report: Value = serde_json::from_str(&output.stdout)?;
         // The server may not be listening yet, and with `--json` that is no failure of the client's.
         if let Some(error) = report["error"].as_str() {
-            bail!("iperf3: {error}");
+            bail!("iperf3: {error}; its server says: {}", server.log_tail());
         }
         Ok(Some(Report(report)))
     })?;

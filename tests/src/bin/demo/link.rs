@@ -109,7 +109,13 @@ impl Hosts<'_> {
 
     fn lossy(&self) -> Result<()> {
         title("3. One datagram of twenty is lost");
-        self.add("lossy", &["--proto", "udp", "--loss", "5%", "--seed", "1"])?;
+        // iperf3 greets its server with a short datagram, and waits for half a minute if that is lost.
+        self.add(
+            "lossy",
+            &[
+                "--proto", "udp", "--length", "1000-", "--loss", "5%", "--seed", "1",
+            ],
+        )?;
         say(
             Tone::Command,
             &format!(
