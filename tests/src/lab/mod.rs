@@ -33,6 +33,7 @@ pub mod scratch;
 pub mod services;
 pub mod skb_field;
 pub mod snapshot;
+mod stamping;
 pub mod stream;
 pub mod sweep;
 pub mod tcp;

@@ -15,15 +15,13 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{
-        setsockopt,
-        sockopt::{Priority, ReceiveTimestampns},
-    },
+    sys::socket::{setsockopt, sockopt::Priority},
 };
 use rand::{RngExt as _, SeedableRng as _, seq::SliceRandom as _};
 use rand_chacha::ChaCha8Rng;
 
 use super::{
+    stamping::stamp_arrivals,
     timed::{Stamp, milliseconds, now_ns, stamped},
     topology::Node,
     udp::socket,
@@ -69,9 +67,9 @@ impl Probes {
             let (sender, receiver) = (socket(&from.ns, near)?, socket(&to.ns, far)?);
             sender.connect(far)?;
             receiver.connect(near)?;
-            for socket in [&sender, &receiver] {
+            for (socket, node) in [(&sender, from), (&receiver, to)] {
                 socket.set_nonblocking(true)?;
-                setsockopt(socket, ReceiveTimestampns, &true).context("SO_TIMESTAMPNS")?;
+                stamp_arrivals(socket, &node.ns)?;
             }
             setsockopt(&sender, Priority, priority).context("SO_PRIORITY")?;
             senders.push(sender);

@@ -14,9 +14,7 @@ use nix::{
     sys::{
         socket::{
             ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt,
-            sockopt::{
-                IpRecvTos, Ipv4Tos, Ipv6RecvTClass, Ipv6TClass, ReceiveTimestampns, UdpGsoSegment,
-            },
+            sockopt::{IpRecvTos, Ipv4Tos, Ipv6RecvTClass, Ipv6TClass, UdpGsoSegment},
         },
         time::TimeSpec,
     },
@@ -25,6 +23,7 @@ use nix::{
 
 use super::{
     packet_socket::on_one_cpu,
+    stamping::stamp_arrivals,
     topology::Node,
     udp::{drain, numbered, socket},
 };
@@ -72,7 +71,7 @@ impl Timed {
     fn between(from: &Node, source: SocketAddr, to: &Node, target: SocketAddr) -> Result<Self> {
         let receiver = socket(&to.ns, target)?;
         receiver.set_nonblocking(true)?;
-        setsockopt(&receiver, ReceiveTimestampns, &true).context("SO_TIMESTAMPNS")?;
+        stamp_arrivals(&receiver, &to.ns)?;
         if target.is_ipv4() {
             setsockopt(&receiver, IpRecvTos, &true).context("IP_RECVTOS")?;
         } else {
