@@ -7,7 +7,7 @@ use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
     de::{self, Error as _, MapAccess, SeqAccess, Visitor},
 };
-use serde_saphyr::Spanned;
+use serde_saphyr::{Location, Spanned};
 
 pub use super::{nemesis::Nemesis, shape::Partition, vocabulary::Profile};
 use crate::rules::{RuleSpec, text::duration};
@@ -188,8 +188,9 @@ pub struct Scenario {
     #[serde(default = "settle")]
     pub settle: Period,
     /// How the run is expected to end; a run that fails as expected is a success.
-    #[serde(default)]
-    pub expect: Expectation,
+    #[serde(default = "passed")]
+    #[schemars(with = "Expectation")]
+    pub expect: Spanned<Expectation>,
     /// Where reports go.
     #[serde(default)]
     pub report: Reports,
@@ -201,6 +202,11 @@ fn steady_within() -> Period {
 
 fn settle() -> Period {
     Period::secs(5)
+}
+
+/// What is expected where the file does not say it.
+const fn passed() -> Spanned<Expectation> {
+    Spanned::new(Expectation::Passed, Location::UNKNOWN, Location::UNKNOWN)
 }
 
 /// How a run is expected to end.

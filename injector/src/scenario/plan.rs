@@ -249,12 +249,13 @@ impl Planner<'_> {
             }
             self.check(at, &check.value);
         }
-        if let Expectation::Fails(names) = &self.scenario.expect {
+        let expect = &self.scenario.expect;
+        if let Expectation::Fails(names) = &expect.value {
             for name in names.list() {
                 if !seen.contains(name) {
                     let known = self.check_names();
                     self.wrong(
-                        None,
+                        Some(Place::from(expect)),
                         format!("'expect': there is no check '{name}'; there are: {known}"),
                     );
                 }
@@ -1414,7 +1415,11 @@ fn between(from: &str, to: &str, count: u32) -> Result<Vec<String>, String> {
 
 /// Whether a value of a ramp is a time or a share of zero.
 fn is_nothing(text: &str) -> bool {
-    ["0s", "0.000000%"].contains(&text)
+    let share = text
+        .strip_suffix('%')
+        .and_then(|number| number.parse().ok());
+    duration::parse(text).is_ok_and(|time| time.is_zero())
+        || share.is_some_and(|share: f64| share <= 0.0)
 }
 
 /// The rule of a ramp at one of its values; none where the value is zero and there is no other fault.
@@ -2002,6 +2007,7 @@ checks:
   - {{name: c, kind: safety, tcp: 'z:1'}}
   - {{name: d, kind: safety, http: {{url: 'https://a/'}}}}
   - {{name: e, kind: safety, on: n1, command: 'true'}}
+expect: {{fails: other}}
 "
         );
         let errors = planned(&text, &["a"], 1).unwrap_err();
@@ -2035,6 +2041,7 @@ checks:
         has(21, "no host 'z'");
         has(22, "does not begin with http://");
         has(23, "needs a lab");
+        has(24, "no check 'other'");
         assert!(errors[0].excerpt.as_ref().unwrap().contains('^'));
     }
 

@@ -256,7 +256,7 @@ fn started(job: &Job) -> RunStarted {
             .iter()
             .map(|entry| format!("{} {}: {}", entry.begins, entry.path, entry.words))
             .collect(),
-        expect: job.scenario.expect.clone(),
+        expect: job.scenario.expect.value.clone(),
     }
 }
 
