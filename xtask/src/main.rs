@@ -139,7 +139,7 @@ struct VmRunArgs {
 /// Arguments of `bench`.
 #[derive(Args)]
 struct BenchArgs {
-    /// Measure the injector beside netem instead, on another kernel, in a virtual machine (a quarter of an hour)
+    /// Measure the injector beside netem instead, on another kernel, in a virtual machine (ten minutes)
     #[arg(long)]
     vm: bool,
     /// With --vm: the line of kernels
