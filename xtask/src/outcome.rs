@@ -89,6 +89,11 @@ impl Outcome {
         }
     }
 
+    /// Whether there was nothing to run.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.passed == 0 && self.failed == 0 && self.skips.is_empty()
+    }
+
     /// Adds another outcome to this one.
     pub(crate) fn add(&mut self, other: Self) {
         self.passed += other.passed;

@@ -157,6 +157,7 @@ impl Ended {
 struct Verdict {
     code: i32,
     back: Option<String>,
+    warned: Option<String>,
 }
 
 /// What the guest's first process reads.
@@ -214,6 +215,9 @@ impl Machine<'_> {
         }
         let text = fs::read(back).with_context(|| format!("reading {}", back.display()))?;
         let verdict: Option<Verdict> = serde_json::from_slice(&text).ok();
+        let warned = verdict.as_ref().and_then(|verdict| verdict.warned.as_ref());
+        let trouble =
+            trouble.or_else(|| warned.map(|warned| format!("the kernel warned:\n{warned}")));
         Ok(match (verdict, trouble) {
             (Some(verdict), None) => Ended {
                 code: Some(verdict.code),
@@ -456,17 +460,25 @@ impl Drop for Cleaning {
     }
 }
 
-/// Whether a line of the console says that the kernel is in trouble.
+/// Whether a line of the console says that the kernel is in trouble. It may stand behind what a program had begun to
+/// print. (Of mere warnings the guest tells.)
 fn is_oops(line: &str) -> bool {
-    [
-        "Kernel panic",
-        "BUG: ",
-        "Oops: ",
-        "general protection fault",
-        "WARNING: ",
-    ]
-    .iter()
-    .any(|words| line.contains(words))
+    line.match_indices('[').any(|(at, _)| {
+        let Some((stamp, message)) = line[at + 1..].split_once(']') else {
+            return false;
+        };
+        stamp.contains('.')
+            && stamp.trim().parse::<f64>().is_ok()
+            && [
+                "Kernel panic",
+                "BUG: ",
+                "Oops: ",
+                "general protection fault",
+                "unregister_netdevice: waiting",
+            ]
+            .iter()
+            .any(|words| message.contains(words))
+    })
 }
 
 /// A program in PATH, or where root's programs are.
@@ -530,6 +542,11 @@ mod tests {
     #[test]
     fn trouble_is_seen() {
         assert!(is_oops("[    3.2] Kernel panic - not syncing: x"));
+        assert!(is_oops(
+            "test smoke::x ... [    3.672734] Oops: int3: 0000 [#1] SMP"
+        ));
         assert!(!is_oops("test lane::delay ... ok"));
+        assert!(!is_oops("[1] a database says: BUG: none"));
+        assert!(!is_oops("BUG: of a program"));
     }
 }

@@ -53,6 +53,8 @@ struct Verdict {
     code: i32,
     /// What the file that was asked for holds.
     back: Option<String>,
+    /// What the kernel's log says of the first warning (`WARN_ON` and its like) since the machine came up.
+    warned: Option<String>,
 }
 
 fn main() {
@@ -61,6 +63,7 @@ fn main() {
         Verdict {
             code: BROKEN,
             back: None,
+            warned: None,
         }
     });
     let _ = io::stdout().flush();
@@ -145,6 +148,7 @@ fn run() -> Result<Verdict> {
             });
         }
     }
+    let before = tainted()?;
     let child = command
         .spawn()
         .with_context(|| format!("starting {program}"))?;
@@ -161,7 +165,43 @@ fn run() -> Result<Verdict> {
         .back
         .as_ref()
         .and_then(|path| fs::read_to_string(path).ok());
-    Ok(Verdict { code, back })
+    let warned = tainted()? & !before & WARNED != 0;
+    Ok(Verdict {
+        code,
+        back,
+        warned: warned.then(first_warning).transpose()?,
+    })
+}
+
+/// The bit of `/proc/sys/kernel/tainted` that the kernel sets with a warning (`TAINT_WARN`).
+const WARNED: u64 = 1 << 9;
+
+/// What has befallen the kernel, as bits.
+fn tainted() -> Result<u64> {
+    let path = "/proc/sys/kernel/tainted";
+    let text = fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+    text.trim()
+        .parse()
+        .with_context(|| format!("{path} says '{}'", text.trim()))
+}
+
+/// The kernel's log from its first warning on. The console does not show it: warnings are below its level.
+fn first_warning() -> Result<String> {
+    /// `SYSLOG_ACTION_READ_ALL`, see syslog(2).
+    const READ_ALL: i32 = 3;
+    const LINES: usize = 40;
+    let mut log = vec![0_u8; 1 << 20];
+    let size = i32::try_from(log.len())?;
+    // SAFETY: the kernel writes at most `size` bytes into a buffer that has so many.
+    let length = unsafe { nix::libc::klogctl(READ_ALL, log.as_mut_ptr().cast(), size) };
+    let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
+    let text = String::from_utf8_lossy(&log[..length]);
+    let lines: Vec<&str> = text
+        .lines()
+        .skip_while(|line| !line.contains("cut here") && !line.contains("WARNING: "))
+        .take(LINES)
+        .collect();
+    Ok(lines.join("\n"))
 }
 
 /// Loads a kernel module.

@@ -39,8 +39,9 @@ pub(crate) fn tests() -> Vec<Trial> {
     ]
 }
 
-/// Off by at most so much.
+/// Off by at most so much, over so long.
 const WITHIN: f64 = 0.02;
+const LASTING: Duration = Duration::from_secs(5);
 
 /// Payload of the datagrams here, and what a line counts for each.
 const PAYLOAD: u16 = 1200;
@@ -50,6 +51,9 @@ const FRAME: u32 = frame(PAYLOAD);
 const fn frame(payload: u16) -> u32 {
     payload as u32 + 8 + 20 + 14
 }
+
+/// By so much the header of IPv6 is longer.
+const LONGER: u32 = 20;
 
 /// An MTU with which a slow machine, too, sends 100 Mbit/s.
 const JUMBO: u32 = 9000;
@@ -140,23 +144,36 @@ fn udp_gets_the_asked_rate() -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Lent::new()?;
-    for (direction, mbit, payload) in [
-        ("--to", 1_u32, PAYLOAD),
-        ("--from", 10, PAYLOAD),
-        ("--to", 100, 8900),
+    // TCP goes the other way each time, over the other protocol.
+    for (direction, v6, mbit, payload) in [
+        ("--to", false, 1_u32, PAYLOAD),
+        ("--from", true, 10, PAYLOAD),
+        ("--to", false, 100, 8900),
     ] {
         let line = format!(
             "line --netns {} --iface eth0 {direction} {} --proto udp --rate {mbit}mbit",
             a.netns(),
-            b.v4
+            b.addresses()[usize::from(v6)]
         );
         let (from, to) = if direction == "--to" { (a, b) } else { (b, a) };
         let asked = f64::from(mbit) * 1e6;
-        let what = format!("UDP {direction} {mbit} Mbit/s");
+        let what = format!("UDP {direction}, IPv6 {v6}, {mbit} Mbit/s");
+        let frame = frame(payload) + if v6 { LONGER } else { 0 };
         compare(&injector, &what, &line, asked, || {
-            let path = Timed::v4(from, 6000, to, 7000)?;
-            let sent = offer(&path, payload, asked * 1.5, Duration::from_millis(2200))?;
-            let arrived = path.receive(1, Duration::from_millis(300), Duration::from_secs(20))?;
+            let path = if v6 {
+                Timed::v6(from, 6000, to, 7000)?
+            } else {
+                Timed::v4(from, 6000, to, 7000)?
+            };
+            // What comes in that time is more than a socket holds.
+            let (sent, arrived) = thread::scope(|scope| {
+                let reader = scope.spawn(|| path.receive(1, Duration::from_secs(1), 4 * LASTING));
+                let sent = offer(&path, payload, asked * 1.5, LASTING)?;
+                let arrived = reader
+                    .join()
+                    .map_err(|_| anyhow!("the receiver panicked"))??;
+                Ok::<_, anyhow::Error>((sent, arrived))
+            })?;
             ensure!(
                 arrived.is_sorted_by_key(|one| one.number),
                 "order was not kept"
@@ -175,7 +192,7 @@ fn udp_gets_the_asked_rate() -> Result<()> {
             );
             let ends = [arrived.first(), arrived.last()].map(|one| one.map_or(0, |one| one.at_ns));
             Ok(Through {
-                bits: bits_per_second(&arrived, frame(payload)),
+                bits: bits_per_second(&arrived, frame),
                 seconds: seconds(ends[1] - ends[0]),
             })
         })?;
@@ -184,10 +201,16 @@ fn udp_gets_the_asked_rate() -> Result<()> {
 }
 
 /// What a TCP stream of so many bytes gets through, from its first to its last byte. With an MTU of 9000 a segment of
-/// 8948 bytes is a frame of 9014.
-fn stream(from: &Node, to: &Node, port: u16, bytes: usize) -> Result<Through> {
+/// 8948 bytes (8928 over IPv6) is a frame of 9014.
+fn stream(from: &Node, to: &Node, v6: bool, bytes: usize) -> Result<Through> {
+    const PORT: u16 = 7001;
+    let (at, segment) = if v6 {
+        (to.at6(PORT), 8928.0)
+    } else {
+        (to.at(PORT), 8948.0)
+    };
     let before = Nstat::read(&from.ns)?;
-    let listener = tcp::listen(&to.ns, to.at(port))?;
+    let listener = tcp::listen(&to.ns, at)?;
     let reader = thread::spawn(move || -> Result<Option<(Duration, usize)>> {
         let mut stream = tcp::accept(&listener, Duration::from_secs(10))?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
@@ -207,7 +230,7 @@ fn stream(from: &Node, to: &Node, port: u16, bytes: usize) -> Result<Through> {
             }
         }
     });
-    let mut stream = tcp::connect(&from.ns, to.at(port), Duration::from_secs(10))?;
+    let mut stream = tcp::connect(&from.ns, at, Duration::from_secs(10))?;
     stream.set_write_timeout(Some(Duration::from_secs(30)))?;
     stream.write_all(&vec![0x5a; bytes])?;
     drop(stream);
@@ -216,7 +239,7 @@ fn stream(from: &Node, to: &Node, port: u16, bytes: usize) -> Result<Through> {
         .map_err(|_| anyhow!("the receiver panicked"))??
         .context("nothing came")?;
     let again = Nstat::read(&from.ns)?.since(&before, "TcpRetransSegs")?;
-    let segments = f64::from(u32::try_from(counted)?) / 8948.0 + f64::from(u32::try_from(again)?);
+    let segments = f64::from(u32::try_from(counted)?) / segment + f64::from(u32::try_from(again)?);
     Ok(Through {
         bits: segments * 9014.0 * 8.0 / taken.as_secs_f64(),
         seconds: taken.as_secs_f64(),
@@ -229,19 +252,22 @@ fn tcp_gets_the_asked_rate() -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Lent::new()?;
-    for (direction, mbit) in [("--to", 1_u32), ("--from", 10), ("--to", 100)] {
+    for (direction, v6, mbit) in [
+        ("--from", true, 1_u32),
+        ("--to", false, 10),
+        ("--from", true, 100),
+    ] {
         let line = format!(
             "line --netns {} --iface eth0 {direction} {} --proto tcp --rate {mbit}mbit --queue 10s",
             a.netns(),
-            b.v4
+            b.addresses()[usize::from(v6)]
         );
         let (from, to) = if direction == "--to" { (a, b) } else { (b, a) };
         let asked = f64::from(mbit) * 1e6;
-        let what = format!("TCP {direction} {mbit} Mbit/s");
-        // For two and a half seconds.
-        let bytes = 312_500 * usize::try_from(mbit)?;
+        let what = format!("TCP {direction}, IPv6 {v6}, {mbit} Mbit/s");
+        let bytes = usize::try_from(u64::from(mbit) * 125_000 * LASTING.as_secs())?;
         compare(&injector, &what, &line, asked, || {
-            stream(from, to, 7001, bytes)
+            stream(from, to, v6, bytes)
         })?;
     }
     Ok(())

@@ -11,7 +11,7 @@ use tests::lab::{
     process::Process,
     scratch::Scratch,
     snapshot::Snapshot,
-    timed::{Timed, delays},
+    timed::{Timed, delays, median},
     topology::Lab,
     trial::{Need, trial},
     wait::wait_until,
@@ -81,8 +81,8 @@ fn packets_are_delayed_and_the_host_is_as_before() -> Result<()> {
         let arrived = path.receive(50, Duration::ZERO, Duration::from_secs(10))?;
         let taken = delays(&sent, &arrived);
         ensure!(
-            taken.iter().all(|delay| *delay >= ASKED),
-            "{direction}: a packet came too early: {taken:?}"
+            taken.iter().all(|delay| *delay >= ASKED) && median(&taken) < 2.0 * ASKED,
+            "{direction}: a packet came too early, or most came late: {taken:?}"
         );
         ensure!(
             arrived.is_sorted_by_key(|one| one.number),
@@ -97,7 +97,7 @@ fn packets_are_delayed_and_the_host_is_as_before() -> Result<()> {
         stats.lanes_lost_nothing()?;
         injector.heal("slow")?;
         wait_until("the host is as before", Duration::from_secs(5), || {
-            Ok(before.must_equal(&Snapshot::of(&a.ns)?).is_ok())
+            before.must_equal(&Snapshot::of(&a.ns)?).map(|()| true)
         })?;
     }
     Ok(())
