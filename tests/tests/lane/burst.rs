@@ -253,7 +253,9 @@ fn dropped(ns: &Netns) -> Result<u64> {
 
 /// Rules that lose nothing come and go while datagrams and TCP go on, and with them the lane.
 fn healing_under_load_loses_nothing() -> Result<()> {
-    const FAULTS: [&str; 4] = [
+    const FAULTS: [&str; 6] = [
+        "--stall 50ms --every 150ms",
+        "--rate 50mbit --queue 5s",
         "--delay 30ms",
         "--delay 30ms --jitter 10ms --order free",
         "--delay 5ms --jitter 5ms --order keep --duplicate 5%",

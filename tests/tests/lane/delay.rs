@@ -50,27 +50,39 @@ pub(crate) fn tests() -> Vec<Trial> {
 /// to about half a millisecond.
 const LATE_MS: f64 = 3.0;
 
-/// Beyond fq's usual horizon of ten seconds.
+/// Beyond fq's usual horizon of ten seconds, both ways, over IPv4 and IPv6.
 fn twelve_seconds() -> Result<()> {
+    const COUNT: u32 = 100;
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Lent::new()?;
     injector.add(&format!(
-        "slow --netns {} --iface eth0 --to {} --delay 12s",
+        "slow --netns {} --iface eth0 --peer {},{} --delay 12s",
         a.netns(),
-        b.v4
+        b.v4,
+        b.v6
     ))?;
-    let path = Timed::v4(a, 6000, b, 7000)?;
-    let sent = path.send(1..=100, Duration::from_millis(1))?;
-    let arrived = path.receive(100, Duration::ZERO, Duration::from_secs(20))?;
-    let taken = delays(&sent, &arrived);
-    ensure!(
-        taken
-            .iter()
-            .all(|delay| *delay >= 12_000.0 && *delay < 12_500.0),
-        "{taken:?}"
-    );
+    let paths = [
+        ("to, IPv4", Timed::v4(a, 6000, b, 7000)?),
+        ("to, IPv6", Timed::v6(a, 6000, b, 7000)?),
+        ("from, IPv4", Timed::v4(b, 6001, a, 7001)?),
+        ("from, IPv6", Timed::v6(b, 6001, a, 7001)?),
+    ];
+    let mut sent = Vec::new();
+    for (_, path) in &paths {
+        sent.push(path.send(1..=COUNT, Duration::from_millis(1))?);
+    }
+    for ((what, path), sent) in paths.iter().zip(&sent) {
+        let arrived = path.receive(COUNT as usize, Duration::ZERO, Duration::from_secs(20))?;
+        let taken = delays(sent, &arrived);
+        ensure!(
+            taken
+                .iter()
+                .all(|delay| (12_000.0..12_500.0).contains(delay)),
+            "{what}: {taken:?}"
+        );
+    }
     injector.stats()?.lanes_lost_nothing()
 }
 

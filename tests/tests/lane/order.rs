@@ -1,7 +1,7 @@
 //! Order within a flow: kept where it is to be kept, by time where it is free, broken for the packets that are
 //! held back.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, thread, time::Duration};
 
 use anyhow::{Result, ensure};
 use injector::{dataplane::distribution::quantile, rules::shaping::Distribution};
@@ -9,7 +9,7 @@ use libtest_mimic::Trial;
 use tests::{
     lab::{
         lent::Lent,
-        timed::{Arrived, Sent, Timed, delays, milliseconds},
+        timed::{Arrived, Sent, Timed, delays, median, milliseconds},
         topology::Lab,
         transcript::report,
         trial::{Need, trial},
@@ -24,6 +24,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             "order::jitter_keeps_order_unless_it_is_free",
             NEEDS,
             jitter_keeps_order_unless_it_is_free,
+        ),
+        trial(
+            "order::kept_within_a_flow_each_packet_waits_for_the_latest_before_it",
+            NEEDS,
+            kept_within_a_flow_each_packet_waits_for_the_latest_before_it,
         ),
         trial(
             "order::chosen_packets_are_held_back_and_no_others",
@@ -70,6 +75,99 @@ fn jitter_keeps_order_unless_it_is_free() -> Result<()> {
             must_arrive_by_time(&sent, &arrived, |n| {
                 40.0 + 30.0 * quantile(&Distribution::Uniform, stream.delay(n))
             })?;
+        }
+        injector.stats()?.lanes_lost_nothing()?;
+        injector.heal("jittery")?;
+    }
+    Ok(())
+}
+
+/// Two flows, whose packets alternate: each arrives at its own time, or with the latest packet before it of its flow,
+/// and not of the other one.
+fn kept_within_a_flow_each_packet_waits_for_the_latest_before_it() -> Result<()> {
+    const COUNT: u32 = 400;
+    const SEED: u64 = 4;
+    /// Of a clock that is looked at before sending.
+    const EARLY_MS: f64 = 0.1;
+    const LATE_MS: f64 = 3.0;
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Lent::new()?;
+    for (direction, from, to) in [("--to", a, b), ("--from", b, a)] {
+        injector.add(&format!(
+            "jittery --netns {} --iface eth0 {direction} {} --delay 40ms --jitter 30ms --seed {SEED}",
+            a.netns(),
+            b.v4
+        ))?;
+        let paths = [
+            Timed::v4(from, 6000, to, 7000)?,
+            Timed::v4(from, 6001, to, 7001)?,
+        ];
+        let mut sent = [Vec::new(), Vec::new()];
+        for number in 1..=COUNT {
+            for (path, sent) in paths.iter().zip(&mut sent) {
+                sent.extend(path.send([number], Duration::ZERO)?);
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        let first_ns = sent[0][0].at_ns;
+        let (mut late, mut constant, mut longest) = (Vec::new(), Vec::new(), Vec::new());
+        // Of all packets: when sent, when due by its own delay, when there; in milliseconds.
+        let mut all = Vec::new();
+        for (path, sent) in paths.iter().zip(&sent) {
+            let arrived = path.receive(COUNT as usize, Duration::ZERO, Duration::from_secs(10))?;
+            ensure!(
+                arrived.iter().map(|one| one.number).eq(1..=COUNT),
+                "{direction}: order was not kept"
+            );
+            let stream = Stream::of_udp(SEED, "jittery", path.ends, direction == "--to");
+            let mut latest = f64::MIN;
+            for (sent, arrived) in sent.iter().zip(&arrived) {
+                let at = milliseconds(sent.at_ns - first_ns);
+                let there = milliseconds(arrived.at_ns - first_ns);
+                let value = quantile(&Distribution::Uniform, stream.delay(sent.number.into()));
+                let own = at + 40.0 + 30.0 * value;
+                latest = latest.max(own);
+                ensure!(
+                    there >= latest - EARLY_MS,
+                    "{direction}: packet {} came {} ms too early",
+                    sent.number,
+                    latest - there
+                );
+                late.push(there - latest);
+                constant.push((there - at - 40.0).abs());
+                longest.push((there - at - 70.0).abs());
+                all.push((at, own, there));
+            }
+        }
+        all.sort_by(|one, other| one.0.total_cmp(&other.0));
+        let mut latest = f64::MIN;
+        let mut together = Vec::new();
+        for (_, own, there) in &all {
+            latest = latest.max(*own);
+            together.push(latest - there);
+        }
+        // A packet in four is sooner than one of the other flow before it by more than that: that is told apart.
+        together.sort_by(f64::total_cmp);
+        let overtakes = together[together.len() * 3 / 4];
+        let late = median(&late);
+        report(format!(
+            "{direction}: {late:.3} ms later than the latest before; from 40 ms {:.1}, from 70 ms {:.1}; a quarter \
+             {overtakes:.1} ms before the other flow",
+            median(&constant),
+            median(&longest)
+        ));
+        ensure!(late < LATE_MS, "{direction}: {late} ms later");
+        for (wrong, by) in [
+            ("no jitter", median(&constant)),
+            ("always the longest", median(&longest)),
+            ("one order for all flows", overtakes),
+        ] {
+            ensure!(
+                by > LATE_MS,
+                "{direction}: the wrong model passes for right: {wrong}, {by} ms off"
+            );
         }
         injector.stats()?.lanes_lost_nothing()?;
         injector.heal("jittery")?;

@@ -12,6 +12,7 @@ use tests::lab::{
     topology::Lab,
     transcript::report,
     trial::{Need, trial},
+    wait::wait_until,
 };
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -22,6 +23,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             NEEDS,
             what_is_held_comes_in_a_burst_and_in_order,
         ),
+        trial("stall::healed_in_the_middle", NEEDS, healed_in_the_middle),
         trial("stall::again_and_again", NEEDS, again_and_again),
         trial("stall::a_connection_survives", NEEDS, a_connection_survives),
     ]
@@ -109,6 +111,84 @@ fn what_is_held_comes_in_a_burst_and_in_order() -> Result<()> {
         );
         stats.lanes_lost_nothing()?;
         injector.heal("pause")?;
+    }
+    Ok(())
+}
+
+/// What a stall holds comes when it would have been over, and what is sent after the heal behind it; or it is dropped,
+/// and what is sent then goes at once.
+fn healed_in_the_middle() -> Result<()> {
+    const HELD: u32 = 100;
+    const ALL: u32 = 200;
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Lent::new()?;
+    let gap = Duration::from_millis(2);
+    let within = Duration::from_secs(10);
+    for (direction, from, to) in [("--to", a, b), ("--from", b, a)] {
+        for flush in [false, true] {
+            let what = format!("{direction}, flush {flush}");
+            // Another flow, which no rule is for.
+            let other = Timed::v4(from, 6001, to, 7001)?;
+            let path = Timed::v4(from, 6000, to, 7000)?;
+            injector.add(&format!(
+                "pause --netns {} --iface eth0 {direction} {} --proto udp --dst-port 7000 --stall 3s",
+                a.netns(),
+                b.v4
+            ))?;
+            let mut sent = path.send(1..=HELD, gap)?;
+            let healed = if flush {
+                injector.json(&["heal", "pause", "--flush"])?
+            } else {
+                injector.json(&["heal", "pause"])?
+            };
+            sent.extend(path.send(HELD + 1..=ALL, gap)?);
+            let others = other.send(1..=HELD, gap)?;
+            let first = if flush { HELD + 1 } else { 1 };
+            let arrived =
+                path.receive((first..=ALL).count(), Duration::from_millis(300), within)?;
+            ensure!(
+                arrived.iter().map(|one| one.number).eq(first..=ALL),
+                "{what}: {arrived:?}"
+            );
+            let taken = delays(&sent, &arrived);
+            let (soonest, latest) = taken.iter().fold((f64::MAX, 0.0_f64), |(low, high), one| {
+                (low.min(*one), high.max(*one))
+            });
+            let beside = other.receive(HELD as usize, Duration::ZERO, within)?;
+            let beside = delays(&others, &beside).into_iter().fold(0.0_f64, f64::max);
+            report(format!(
+                "{what}: after {soonest:.1} to {latest:.1} ms, the other flow after {beside:.1} at most"
+            ));
+            ensure!(
+                if flush {
+                    latest < 500.0
+                } else {
+                    // The first was sent soon after the rule was made, the last seconds before the stall was over.
+                    latest < 3100.0 && soonest > 1000.0
+                } && beside < 500.0,
+                "{what}: {taken:?}, the other flow {beside}"
+            );
+            ensure!(healed["healed"][0]["name"] == "pause", "{what}: {healed}");
+            wait_until("the flush is over", within, || {
+                Ok(injector.stats()?.flushes.is_empty())
+            })?;
+            injector.stats()?.lanes_lost_nothing()?;
+        }
+        let events = injector.json(&["events"])?;
+        let told = events["events"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|event| event["kind"] == "flushed" && event["rule"] == "pause")
+            .filter_map(|event| event["message"].as_str())
+            .filter(|message| message.contains(&format!(": {HELD} packets")))
+            .count();
+        ensure!(
+            told == if direction == "--to" { 1 } else { 2 },
+            "{direction}: {events}"
+        );
     }
     Ok(())
 }
