@@ -488,6 +488,15 @@ pub(super) fn targets(output: Output, targets: &[TargetStats]) -> String {
                 toned(Tone::Bad, "WARNING:")
             );
         }
+        let refused = target.egress.lane_refused + target.ingress.lane_refused;
+        if refused > 0 {
+            let _ = writeln!(
+                notes,
+                "{} {name}: {} packets could not be sent into the lane, and passed without a fault",
+                toned(Tone::Bad, "WARNING:"),
+                grouped(refused)
+            );
+        }
         for obstacle in &target.obstacles {
             let _ = writeln!(
                 notes,

@@ -732,6 +732,15 @@ impl<P: Plane, H: Host> State<P, H> {
                 .filter(|record| record.is_active() && !without.contains(&record.activation))
                 .chain(with),
         );
+        if !with.is_empty() {
+            let together: Vec<&Record> = self
+                .rules
+                .iter()
+                .filter(|record| record.is_active() && !without.contains(&record.activation))
+                .chain(with)
+                .collect();
+            self.must_be_within_horizon(&together)?;
+        }
         let widened = self.widen_lanes(&holds);
         match widened {
             // Rules end, whatever somebody has done to the queues that they have used.

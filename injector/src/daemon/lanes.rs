@@ -12,6 +12,7 @@ use super::{
     host::Host,
     lease::nanos,
     plane::{LaneBounds, LaneDevices, LaneNumber, Plane},
+    poll::PERIOD,
     record::{Place, Record},
     state::State,
     targets::TargetKey,
@@ -21,7 +22,7 @@ use crate::{
     netlink::{FqLimits, LinkKind},
     netns::{Netns, NetnsId},
     protocol::{ErrorBody, ErrorCode, EventKind, LaneStats},
-    rules::model::{Fault, Rule},
+    rules::{model::Rule, text::duration},
 };
 
 /// Packets whose time has come leave within so long, even on a busy machine.
@@ -77,7 +78,7 @@ fn greater(a: FqLimits, b: FqLimits) -> FqLimits {
 pub(super) enum Need {
     /// They do not.
     None,
-    /// Super-packets do, if there is one: without it a hit inside one, by position or length, takes all of it.
+    /// Super-packets do, if there is one: without it a hit inside one, by position, length or TCP flags, takes all of it.
     Better,
     /// They all do.
     Must,
@@ -87,13 +88,30 @@ pub(super) enum Need {
 pub(super) fn need(rule: &Rule) -> Need {
     if rule.shaping.needs_lane() {
         Need::Must
-    } else if rule.shaping.is_empty()
-        && matches!(rule.fault, Fault::Cut | Fault::Reject(_) | Fault::None)
-    {
+    } else if rule.shaping.is_empty() && !rule.tells_packets_apart() {
         Need::None
     } else {
         Need::Better
     }
+}
+
+/// What rules may hold a packet for together: with what a sender may have asked for itself, fq's longest horizon, which
+/// is 32 bits of microseconds.
+const LONGEST_TOGETHER: Duration =
+    Duration::from_micros(u32::MAX as u64 - PACED_MOST_NS.div_ceil(1000));
+
+/// The longest that a packet of a target may be held by these rules: of those that act there, it may meet the ones that
+/// hold longest, and their times add up.
+fn longest_hold<'a>(rules: impl Iterator<Item = &'a Record>, key: &TargetKey) -> Duration {
+    let mut holds: Vec<Duration> = rules
+        .filter(|record| record.places.iter().any(|place| place.key == *key))
+        .map(|record| record.rule.shaping.longest_hold())
+        .collect();
+    holds.sort_unstable_by(|a, b| b.cmp(a));
+    holds
+        .into_iter()
+        .take(MAX_CANDIDATES)
+        .fold(Duration::ZERO, Duration::saturating_add)
 }
 
 impl<P: Plane, H: Host> State<P, H> {
@@ -324,6 +342,11 @@ impl<P: Plane, H: Host> State<P, H> {
         self.lanes.get(&key.netns).map(|record| record.devices)
     }
 
+    /// Whether a target's namespace has a lane.
+    pub(super) fn has_lane(&self, key: &TargetKey) -> bool {
+        self.lanes.contains_key(&key.netns)
+    }
+
     /// Remembers until when lanes may hold packets of rules that end.
     pub(super) fn hold_for_ending(&mut self, ending: &HashSet<u32>) {
         if self.leaving {
@@ -346,21 +369,32 @@ impl<P: Plane, H: Host> State<P, H> {
         }
     }
 
-    /// The longest that a packet of a target may be held: of the rules that act there, it may meet those that hold
-    /// longest, and their times add up.
+    /// The longest that a packet of a target may be held by the rules in force.
     pub(super) fn longest_hold_at(&self, key: &TargetKey) -> Duration {
-        let mut holds: Vec<Duration> = self
-            .rules
-            .iter()
-            .filter(|record| record.is_active())
-            .filter(|record| record.places.iter().any(|place| place.key == *key))
-            .map(|record| record.rule.shaping.longest_hold())
-            .collect();
-        holds.sort_unstable_by(|a, b| b.cmp(a));
-        holds
-            .into_iter()
-            .take(MAX_CANDIDATES)
-            .fold(Duration::ZERO, Duration::saturating_add)
+        longest_hold(self.rules.iter().filter(|record| record.is_active()), key)
+    }
+
+    /// Fails where these rules together could hold a packet for longer than fq's horizon can be: fq would drop it.
+    pub(super) fn must_be_within_horizon(&self, rules: &[&Record]) -> Result<(), ErrorBody> {
+        for (key, target) in &self.targets {
+            let hold = longest_hold(rules.iter().copied(), key);
+            if hold > LONGEST_TOGETHER {
+                return Err(ErrorBody::new(
+                    ErrorCode::Limit,
+                    format!(
+                        "the rules at {} could hold a packet for {} together, and {} is the most; nothing was \
+                         changed",
+                        target.label(),
+                        duration::format(hold),
+                        duration::format(LONGEST_TOGETHER)
+                    ),
+                )
+                .with_hint(
+                    "shorten delays, queues or stalls (jitter counts eightfold), or heal some of these rules",
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// The namespaces whose lanes are needed: by these rules, or for what is still held.
@@ -430,19 +464,28 @@ impl<P: Plane, H: Host> State<P, H> {
     /// Lets go of what was kept only for packets that have left by now.
     pub(super) fn release_held(&mut self) {
         let now_ns = self.plane.now_ns();
-        let mut released = false;
-        for target in self.targets.values_mut() {
+        let mut released = Vec::new();
+        for (key, target) in &mut self.targets {
             if target.held_until_ns != 0 && target.held_until_ns <= now_ns {
                 target.held_until_ns = 0;
-                released = true;
+                released.push(*key);
             }
         }
-        if !released {
+        if released.is_empty() {
             return;
         }
         let protection = self.protection.clone();
         if let Err(error) = self.commit(&HashSet::new(), &[], &protection) {
-            self.problem(None, format!("cannot let go of lanes: {error}"));
+            self.problem(
+                None,
+                format!("cannot let go of lanes, will try again: {error}"),
+            );
+            let again_ns = self.plane.now_ns().saturating_add(nanos(PERIOD));
+            for key in released {
+                if let Some(target) = self.targets.get_mut(&key) {
+                    target.held_until_ns = again_ns;
+                }
+            }
             return;
         }
         self.detach_unused();

@@ -12,7 +12,7 @@ use super::{
 use crate::protocol::{EventKind, RuleState};
 
 /// Targets are looked at and flows collected so often, unless that takes too much of the time.
-const PERIOD: Duration = Duration::from_secs(1);
+pub(super) const PERIOD: Duration = Duration::from_secs(1);
 /// Looking takes at most one part in so many of the time.
 const SHARE: u32 = 10;
 
@@ -157,6 +157,7 @@ impl<P: Plane, H: Host> State<P, H> {
         let reasons: HashMap<TargetKey, String> = gone.into_iter().collect();
         for (key, reason) in &reasons {
             if let Some(target) = self.targets.remove(key) {
+                self.rest(key, &target);
                 let label = target.label();
                 self.events
                     .push(EventKind::TargetGone, None, Some(&label), reason.clone());

@@ -20,7 +20,7 @@ use super::{
     plane::Plane,
     protect::Protection,
     record::{ConnId, Record, Tally, with_times},
-    targets::{Leftover, Target, TargetKey},
+    targets::{Leftover, Resting, Target, TargetKey},
 };
 use crate::{
     netns::NetnsId,
@@ -85,6 +85,8 @@ pub struct State<P: Plane, H: Host> {
     pub(super) rules: Vec<Record>,
     pub(super) targets: BTreeMap<TargetKey, Target<H::Attachment>>,
     pub(super) leftovers: Vec<Leftover<H::Attachment>>,
+    /// Numbers of targets that are not used again yet.
+    pub(super) resting: Vec<Resting>,
     pub(super) lanes: BTreeMap<NetnsId, LaneRecord<H::Lane>>,
     pub(super) protection: Protection,
     pub(super) events: EventLog,
@@ -120,6 +122,7 @@ impl<P: Plane, H: Host> State<P, H> {
             rules: Vec::new(),
             targets: BTreeMap::new(),
             leftovers: Vec::new(),
+            resting: Vec::new(),
             lanes: BTreeMap::new(),
             protection,
             events,

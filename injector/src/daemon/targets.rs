@@ -1,15 +1,22 @@
 //! The interfaces that the daemon is attached to: each from its first rule to its last.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use injector_common::line::PACED_MOST_NS;
 
 use super::{
     host::Host,
+    lanes::MARGIN,
+    lease::nanos,
     plane::{LaneDevices, Plane, TargetConfig, TargetSlot},
     state::State,
 };
 use crate::{
     attach::{Presence, TargetLink, dropped_text},
-    netlink::Hook,
+    netlink::{Hook, LinkKind},
     netns::{Netns, NetnsId},
     protocol::{ErrorBody, ErrorCode, EventKind},
     rules::{model::NetnsRef, text},
@@ -62,13 +69,14 @@ impl<A> Target<A> {
         self.attachment.is_some() && self.problem.is_none()
     }
 
+    /// For the tables; `lane` is that of its namespace. Packets without an Ethernet header cannot pass one.
     pub(super) fn config(&self, lane: Option<LaneDevices>) -> TargetConfig {
         TargetConfig {
             slot: self.slot,
             link: self.link.kind,
             loopback: self.link.loopback,
             ifindex: self.link.index,
-            lane,
+            lane: lane.filter(|_| self.link.kind == LinkKind::Ethernet),
         }
     }
 }
@@ -83,6 +91,13 @@ pub(super) struct Leftover<A> {
     pub(super) attachment: A,
     /// What went wrong the last time.
     pub(super) error: String,
+}
+
+/// A number that is not used again while a lane may hold packets that carry it: the lane's exit would send them out of
+/// whatever interface has it then.
+pub(super) struct Resting {
+    slot: TargetSlot,
+    until_ns: u64,
 }
 
 /// `iface`, or `netns/iface`.
@@ -167,12 +182,36 @@ impl<P: Plane, H: Host> State<P, H> {
         Ok(())
     }
 
-    fn free_target_slot(&self) -> Result<TargetSlot, ErrorBody> {
+    /// Keeps a target's number from being used again for as long as its lane, if it has one, may hold packets of it:
+    /// by the rules that are in force now or were, and by departure times that senders had given them before.
+    pub(super) fn rest(&mut self, key: &TargetKey, target: &Target<H::Attachment>) {
+        if !self.has_lane(key) {
+            return;
+        }
+        let hold = self
+            .longest_hold_at(key)
+            .saturating_add(Duration::from_nanos(PACED_MOST_NS))
+            .saturating_add(MARGIN);
+        let until_ns = self
+            .plane
+            .now_ns()
+            .saturating_add(nanos(hold))
+            .max(target.held_until_ns);
+        self.resting.push(Resting {
+            slot: target.slot,
+            until_ns,
+        });
+    }
+
+    fn free_target_slot(&mut self) -> Result<TargetSlot, ErrorBody> {
+        let now_ns = self.plane.now_ns();
+        self.resting.retain(|resting| resting.until_ns > now_ns);
         let used: BTreeSet<TargetSlot> = self
             .targets
             .values()
             .map(|target| target.slot)
             .chain(self.leftovers.iter().map(|leftover| leftover.slot))
+            .chain(self.resting.iter().map(|resting| resting.slot))
             .collect();
         let most = self.plane.limits().targets;
         (1..=most)
@@ -251,6 +290,7 @@ impl<P: Plane, H: Host> State<P, H> {
         self.remove_unused_lanes();
         for key in unused {
             if let Some(target) = self.targets.remove(&key) {
+                self.rest(&key, &target);
                 self.let_go(target);
             }
         }

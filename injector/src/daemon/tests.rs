@@ -1273,14 +1273,71 @@ fn ended_rules_are_forgotten_in_the_end() {
     assert_eq!(names.last().unwrap(), "r299-3");
 }
 
+/// A rule that delays.
+fn delaying(name: &str, iface: &str, delay: &str) -> serde_json::Value {
+    let mut asked = rule(name, iface);
+    asked["fault"] = json!({"delay": delay});
+    asked
+}
+
+#[test]
+fn a_target_s_number_rests_while_a_lane_may_hold_packets_of_it() {
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "10s")]));
+    bench.add(&json!([delaying("two", "eth1", "10s")]));
+    let slot_of = |bench: &Bench, index: u32| {
+        let world = bench.world();
+        let found = world.targets.iter().find(|one| one.ifindex == index);
+        found.map(|one| one.slot)
+    };
+    let (first, second) = (slot_of(&bench, 2), slot_of(&bench, 3));
+    assert!(first.is_some() && second.is_some() && first != second);
+    // The interface goes, and the lane stays because of the other one.
+    bench.world().gone.insert(2);
+    bench.pass(1);
+    assert_eq!(slot_of(&bench, 2), None);
+    bench.add(&json!([delaying("three", "eth2", "10s")]));
+    let third = slot_of(&bench, 4);
+    assert!(third.is_some() && third != first && third != second);
+    bench.heal(&["three"]);
+    // 10 s by the rule, and 10 s that a sender may have asked for.
+    bench.pass(45);
+    bench.add(&json!([delaying("four", "eth3", "10s")]));
+    assert_eq!(slot_of(&bench, 5), first);
+}
+
+#[test]
+fn rules_that_would_hold_longer_than_a_queue_can_are_refused() {
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "40m")]));
+    let error = bench
+        .ask("add", &json!({"rules": [delaying("two", "eth0", "40m")]}))
+        .unwrap_err();
+    assert_eq!(error.code, ErrorCode::Limit);
+    assert!(error.message.contains("1h20m"), "{}", error.message);
+    assert_eq!(bench.world().rules.len(), 1);
+    // Elsewhere, where no packet meets both, it is right.
+    bench.add(&json!([delaying("two", "eth1", "40m")]));
+}
+
+#[test]
+fn what_cannot_be_let_go_is_tried_again() {
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "1s")]));
+    bench.heal(&["one"]);
+    bench.world().refuse_commit = true;
+    bench.pass(2);
+    assert_eq!(bench.events(EventKind::Problem).len(), 1);
+    assert_eq!(bench.world().attached.len(), 1);
+    bench.world().refuse_commit = false;
+    bench.pass(2);
+    assert!(bench.world().attached.is_empty() && bench.world().lanes.is_empty());
+}
+
 #[test]
 fn lanes_are_limited_by_what_the_rules_hold() {
     let mut bench = bench();
-    let delayed = |name: &str, delay: &str| {
-        let mut asked = rule(name, "eth0");
-        asked["fault"] = json!({"delay": delay});
-        asked
-    };
+    let delayed = |name: &str, delay: &str| delaying(name, "eth0", delay);
     bench.add(&json!([delayed("short", "1ms")]));
     let short = bench.world().queue_limits.unwrap();
     bench.add(&json!([delayed("long", "1s")]));

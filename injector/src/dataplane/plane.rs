@@ -895,7 +895,10 @@ impl DataPlane {
         collected.orphaned_states = orphaned;
         collected.idle_states = all - orphaned;
         sweep(&mut self.held, "HELD", |_, held| {
-            held.until_ns.max(held.flushed_until_ns) < now
+            held.until_ns
+                .max(held.flushed_until_ns)
+                .saturating_add(HELD_LONGER_NS)
+                < now
         })?;
         collected.connections = sweep(&mut self.connections, "CONNECTIONS", |_, connection| {
             is_idle(connection.last_ns)
@@ -1050,6 +1053,10 @@ fn wait_for_grace_period() {
         std::thread::sleep(Duration::from_millis(250));
     }
 }
+
+/// What is known of held packets is kept so long after their time: they may be late (by `LATE_NS` of the decision at
+/// most), and while all flows are gone through, more may come.
+const HELD_LONGER_NS: u64 = 2_000_000_000;
 
 fn sweep<K: aya::Pod, V: aya::Pod>(
     map: &mut BpfHashMap<MapData, K, V>,

@@ -9,7 +9,7 @@ use injector_common::layout::{
 
 use super::distribution;
 use crate::rules::{
-    model::{Fault, Rule},
+    model::Rule,
     shaping::{
         Checksum, Corrupt, Delay, Loss, Order, Part, QueueLimit, Rate, RateShare, Shaping, Speed,
     },
@@ -21,8 +21,7 @@ pub(super) fn needs(rule: &Rule) -> u32 {
     if rule.shaping.needs_lane() {
         bits |= needs::LANE;
     }
-    let by_position = !matches!(rule.fault, Fault::Cut | Fault::Reject(_) | Fault::None);
-    if rule.shaping.tells_packets_apart() || by_position {
+    if rule.shaping.tells_packets_apart() || rule.tells_packets_apart() {
         bits |= needs::WIRE;
     }
     if rule.shaping.corrupt.is_some() {

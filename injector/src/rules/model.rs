@@ -41,6 +41,19 @@ pub struct Rule {
     pub unprotected: bool,
 }
 
+impl Rule {
+    /// Whether the wire packets of a super-packet may differ in whether the rule is for them, or takes them by position.
+    /// (What is rejected is answered once, at the hook.)
+    #[must_use]
+    pub fn tells_packets_apart(&self) -> bool {
+        match self.fault {
+            Fault::Reject(_) => false,
+            Fault::Cut | Fault::None => self.selector.tells_packets_apart(),
+            _ => true,
+        }
+    }
+}
+
 /// A network namespace, as named by a user.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum NetnsRef {
@@ -170,6 +183,18 @@ pub struct TcpFlags {
     pub mask: u8,
     /// Their values.
     pub value: u8,
+}
+
+impl Selector {
+    /// Whether it may take some wire packets of a super-packet and not others: the last may be shorter, and only the
+    /// last has FIN and PSH, only the first CWR (`tcp_gso_segment` in the kernel).
+    fn tells_packets_apart(&self) -> bool {
+        const FIN_PSH_CWR: u8 = 0x89;
+        !self.length.is_empty()
+            || self
+                .tcp_flags
+                .is_some_and(|flags| flags.mask & FIN_PSH_CWR != 0)
+    }
 }
 
 /// A firewall mark: `mark & mask == value`.

@@ -14,6 +14,7 @@ use tests::lab::{
     topology::{Lab, Node},
     transcript::report,
     trial::{Need, trial},
+    tun::Tun,
 };
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -35,6 +36,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             "kinds::what_has_no_ethernet_header",
             NEEDS,
             what_has_no_ethernet_header,
+        ),
+        trial(
+            "kinds::what_has_no_ethernet_header_stays_out_of_a_lane",
+            NEEDS,
+            what_has_no_ethernet_header_stays_out_of_a_lane,
         ),
     ]
 }
@@ -282,4 +288,34 @@ fn what_has_no_ethernet_header() -> Result<()> {
     let links = ns.tool("ip -o link show")?.stdout;
     ensure!(!links.contains("inj-"), "{links}");
     Ok(())
+}
+
+/// A lane that another interface of the namespace has changes nothing for it.
+fn what_has_no_ethernet_header_stays_out_of_a_lane() -> Result<()> {
+    let lab = Lab::steady_pair()?;
+    let ns = &lab.a().ns;
+    lab.a().make_clsact()?;
+    let _tunnel = Tun::new(ns, "tun0")?;
+    ns.tool("ip addr add 10.99.8.1/24 dev tun0")?;
+    ns.tool("ip link set tun0 up")?;
+    let injector = Lent::new()?;
+    add(&injector, ns, "eth0", &format!("--to {}", lab.b().v4))?;
+    injector.add(&format!(
+        "odd --netns {} --iface tun0 --to 10.99.8.2 --proto icmp --drop-every 2",
+        ns.name()
+    ))?;
+    // Nobody answers.
+    let _unanswered = ns.try_tool("ping -n -c 4 -i 0.2 -W 1 10.99.8.2")?;
+    let stats = injector.stats()?;
+    let rule = stats.rule("odd")?;
+    let target = stats.target(ns.name(), "tun0")?;
+    ensure!(
+        rule.egress.matched_packets == 4
+            && rule.egress.cut_packets == 2
+            && target.egress.lane_packets == 0
+            && target.egress.lane_refused == 0,
+        "{rule:?} {target:?}"
+    );
+    injector.heal("odd")?;
+    heal(&injector)
 }

@@ -6,12 +6,14 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
 use serde_json::Value;
 use tests::{
     lab::{
         bursts::{self, describe, fit, gilbert_elliott_interval, lengths},
+        injector::RuleCounters,
         lent::Lent,
         load::Transfer,
         netem::Netem,
@@ -41,6 +43,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             "wire::what_is_the_same_for_all_skips_the_segmenter",
             NEEDS,
             what_is_the_same_for_all_skips_the_segmenter,
+        ),
+        trial(
+            "wire::a_length_tells_the_packets_of_a_super_packet_apart",
+            NEEDS,
+            a_length_tells_the_packets_of_a_super_packet_apart,
         ),
     ]
 }
@@ -361,4 +368,67 @@ fn lost_of_super_packets(
         .filter(|number| !arrived.contains(number))
         .map(u64::from)
         .collect())
+}
+
+/// Ten wire packets of a super-packet are long and the last is short: a rule for short ones is for that one alone.
+fn a_length_tells_the_packets_of_a_super_packet_apart() -> Result<()> {
+    const LONG: usize = 1000;
+    const SHORT: usize = 300;
+    const LAST: u32 = 11;
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Lent::new()?;
+    let mut bytes = vec![0; (LAST as usize - 1) * LONG + SHORT];
+    for (place, number) in bytes.chunks_mut(LONG).zip(1_u32..) {
+        place[..4].copy_from_slice(&number.to_be_bytes());
+    }
+    for (from, to, direction) in [(a, b, "--to"), (b, a, "--from")] {
+        for fault in ["--delay 700ms", "--stall 5s", "--cut"] {
+            let what = format!("{direction} {fault}");
+            injector.add(&format!(
+                "short --netns {} --iface eth0 {direction} {} --proto udp --length -400 {fault}",
+                a.netns(),
+                b.v4
+            ))?;
+            let path = Timed::v4(from, 6000, to, 7000)?;
+            setsockopt(path.sender(), UdpGsoSegment, &i32::try_from(LONG)?)
+                .context("UDP_SEGMENT")?;
+            path.sender()
+                .send(&bytes)
+                .context("sending a super-packet")?;
+            let count = if fault == "--cut" { LAST - 1 } else { LAST };
+            let quiet = Duration::from_millis(300);
+            let arrived = path.receive(count as usize, quiet, Duration::from_secs(10))?;
+            ensure!(
+                arrived.iter().map(|one| one.number).eq(1..=count),
+                "{what}: {arrived:?}"
+            );
+            let since = |one: usize| milliseconds(arrived[one].at_ns - arrived[0].at_ns);
+            let (ninth, last) = (since(LAST as usize - 2), since(arrived.len() - 1));
+            let stats = injector.stats()?;
+            let rule = stats.rule("short")?;
+            let both = |of: fn(&RuleCounters) -> u64| of(&rule.egress) + of(&rule.ingress);
+            report(format!(
+                "{what}: the long ones within {ninth:.1} ms, all within {last:.1} ms"
+            ));
+            ensure!(ninth < 300.0, "{what}: long ones waited: {ninth} ms");
+            let (held, cut) = match fault {
+                "--cut" => (0, 1),
+                "--stall 5s" => (both(|one| one.stalled_packets), 0),
+                _ => (both(|one| one.delayed_packets), 0),
+            };
+            ensure!(
+                both(|one| one.matched_packets) == 1
+                    && both(|one| one.excess_packets) == 0
+                    && both(|one| one.cut_packets) == cut
+                    && held + cut == 1
+                    && (cut == 1 || last > 600.0),
+                "{what}: the last after {last} ms, {rule:?}"
+            );
+            stats.lanes_lost_nothing()?;
+            injector.heal("short")?;
+        }
+    }
+    Ok(())
 }
