@@ -7,7 +7,7 @@ use super::{
     error::{Problem, SpecError},
     numbers::Numbers,
     spec::FaultSpec,
-    text::{distribution, duration, rate, share},
+    text::{distribution, duration, rate, share, size},
     trace::Trace,
 };
 
@@ -297,6 +297,16 @@ pub const MAX_COPIES: u32 = injector_common::layout::MAX_COPIES;
 /// (`TCA_FQ_HORIZON`, `include/uapi/linux/pkt_sched.h`), which is 71 minutes.
 pub const LONGEST_HOLD: Duration = Duration::from_hours(1);
 
+/// Something that holds packets.
+struct Hold {
+    /// The field that asks for it.
+    field: &'static str,
+    /// What it is, in words.
+    what: &'static str,
+    /// For how long at most.
+    longest: Duration,
+}
+
 impl Shaping {
     /// Whether it asks for nothing.
     #[must_use]
@@ -330,17 +340,80 @@ impl Shaping {
     /// The longest that a packet may be held.
     #[must_use]
     pub fn longest_hold(&self) -> Duration {
-        let delay = self.delay.as_ref().map_or(Duration::ZERO, Delay::longest);
-        let copy = self.duplicate.map_or(Duration::ZERO, |one| one.copy_delay);
-        let hold = self.reorder.map_or(Duration::ZERO, |one| one.hold);
-        let queue = self
-            .rate
-            .as_ref()
-            .map_or(Duration::ZERO, Rate::longest_hold);
-        let stall = self.stall.map_or(Duration::ZERO, |one| one.length);
-        [copy, hold, queue, stall]
+        self.holds()
             .into_iter()
-            .fold(delay, Duration::saturating_add)
+            .fold(Duration::ZERO, |sum, hold| sum.saturating_add(hold.longest))
+    }
+
+    /// What makes up the longest that a packet may be held.
+    fn holds(&self) -> Vec<Hold> {
+        let mut holds = Vec::new();
+        let mut push = |field, what, longest: Duration| {
+            if !longest.is_zero() {
+                holds.push(Hold {
+                    field,
+                    what,
+                    longest,
+                });
+            }
+        };
+        if let Some(delay) = &self.delay {
+            push("delay", "delay", delay.base);
+            match &delay.distribution {
+                Distribution::Samples(_) => {
+                    push("distribution", "its longest sample", delay.longest_above());
+                }
+                _ => push("jitter", "eight times the jitter", delay.longest_above()),
+            }
+        }
+        if let Some(one) = self.duplicate {
+            push("copy_delay", "copy_delay", one.copy_delay);
+        }
+        if let Some(one) = self.reorder {
+            push("hold", "hold", one.hold);
+        }
+        if let Some(rate) = &self.rate {
+            let speed = match rate.speed {
+                Speed::Constant(_) => "rate",
+                Speed::Trace(_) => "rate_trace",
+            };
+            push("queue", "the queue", rate.longest_wait());
+            push(speed, "the longest packet on the line", rate.longest_turn());
+        }
+        if let Some(one) = self.stall {
+            push("stall", "stall", one.length);
+        }
+        holds
+    }
+
+    /// Refuses what would hold packets for longer than [`LONGEST_HOLD`], and says what it is made of.
+    fn check_hold(&self) -> Result<(), SpecError> {
+        let longest = self.longest_hold();
+        if longest <= LONGEST_HOLD {
+            return Ok(());
+        }
+        let holds = self.holds();
+        let parts: Vec<String> = holds
+            .iter()
+            .map(|hold| format!("{} {}", hold.what, duration::format(hold.longest)))
+            .collect();
+        let field = holds
+            .iter()
+            .max_by_key(|hold| hold.longest)
+            .map_or("delay", |hold| hold.field);
+        Err(SpecError::field(
+            field,
+            format!(
+                "a packet could be held for {} ({})",
+                duration::format(longest),
+                parts.join(", ")
+            ),
+            format!(
+                "{} at most in one rule: delay, eight times the jitter or the longest sample, copy_delay, hold, the \
+                 queue with the longest packet on the line, and stall together",
+                duration::format(LONGEST_HOLD)
+            ),
+        ))
     }
 
     /// Reads the text form.
@@ -355,17 +428,7 @@ impl Shaping {
             reorder: reorder(spec)?,
             stall: stall(spec)?,
         };
-        if shaping.longest_hold() > LONGEST_HOLD {
-            return Err(SpecError::field(
-                "delay",
-                "packets would be held for too long",
-                format!(
-                    "delay, eight times the jitter or the longest sample, copy_delay, hold, the queue and the stall \
-                     together may be {} at most",
-                    duration::format(LONGEST_HOLD)
-                ),
-            ));
-        }
+        shaping.check_hold()?;
         Ok(shaping)
     }
 
@@ -520,13 +583,17 @@ impl Delay {
     /// The longest: distributions have no more than eight times the jitter.
     #[must_use]
     pub fn longest(&self) -> Duration {
-        let above = match &self.distribution {
+        self.base.saturating_add(self.longest_above())
+    }
+
+    /// The longest that comes on top of the base.
+    fn longest_above(&self) -> Duration {
+        match &self.distribution {
             Distribution::Samples(numbers) => {
                 Duration::from_nanos(numbers.greatest().unsigned_abs())
             }
             _ => self.jitter.saturating_mul(8),
-        };
-        self.base.saturating_add(above)
+        }
     }
 
     fn describe_spread(&self) -> String {
@@ -566,8 +633,12 @@ impl Rate {
     /// The longest from its arrival until it is through.
     #[must_use]
     pub fn longest_hold(&self) -> Duration {
-        self.longest_wait()
-            .saturating_add(self.time_of(LONGEST_PACKET))
+        self.longest_wait().saturating_add(self.longest_turn())
+    }
+
+    /// The longest that a packet is on the line.
+    fn longest_turn(&self) -> Duration {
+        self.time_of(LONGEST_PACKET)
     }
 
     /// The longest that so many bytes take.
@@ -647,11 +718,10 @@ fn percent(probability: u64) -> String {
 
 /// A probability that may be zero.
 fn probability(text: &str) -> Result<u64, Problem> {
-    let text = text.trim();
-    if text == "0%" || text == "0" {
+    if text.trim() == "0" {
         return Ok(0);
     }
-    share::parse(text)
+    share::parse_from_zero(text)
 }
 
 fn field<T>(
@@ -887,9 +957,9 @@ fn rate_of(spec: &FaultSpec) -> Result<Option<Rate>, SpecError> {
 }
 
 fn queue(text: &str) -> Result<QueueLimit, Problem> {
-    const ACCEPTED: &str =
-        "a time (100ms), bytes (64kb, 1500b, 1mb; kb is 1024 bytes) or packets (50p, 1 to 10000)";
-    if let Some(number) = text.strip_suffix('p')
+    const ACCEPTED: &str = "a time (100ms), bytes (b, kb, mb or gb: 64kb; kb is 1024 bytes) or packets (50p, 1 to 10000)";
+    let lower = text.trim().to_ascii_lowercase();
+    if let Some(number) = lower.strip_suffix('p')
         && number.bytes().all(|byte| byte.is_ascii_digit())
     {
         return number
@@ -899,24 +969,11 @@ fn queue(text: &str) -> Result<QueueLimit, Problem> {
             .map(QueueLimit::Packets)
             .ok_or_else(|| Problem::new("is not a length of a queue", ACCEPTED));
     }
-    let units = [("kb", 1024), ("mb", 1024 * 1024), ("b", 1)];
-    for (unit, bytes) in units {
-        if let Some(number) = text.strip_suffix(unit)
-            && number.bytes().all(|byte| byte.is_ascii_digit())
-        {
-            return number
-                .parse::<u64>()
-                .ok()
-                .and_then(|number| number.checked_mul(bytes))
-                .filter(|bytes| (1..=1 << 40).contains(bytes))
-                .map(QueueLimit::Bytes)
-                .ok_or_else(|| Problem::new("is not a length of a queue", ACCEPTED));
-        }
-    }
-    match duration::parse(text) {
-        Ok(time) => Ok(QueueLimit::Time(time)),
-        Err(_) => Err(Problem::new("is not a length of a queue", ACCEPTED)),
-    }
+    // Times as they are written: a capital M would be taken for minutes.
+    size::parse(&lower)
+        .map(QueueLimit::Bytes)
+        .or_else(|_| duration::parse(text).map(QueueLimit::Time))
+        .map_err(|_| Problem::new("is not a length of a queue", ACCEPTED))
 }
 
 fn stall(spec: &FaultSpec) -> Result<Option<Stall>, SpecError> {
@@ -947,15 +1004,16 @@ fn reorder(spec: &FaultSpec) -> Result<Option<Reorder>, SpecError> {
         without("hold", spec.hold.is_some(), "reorder")?;
         return Ok(None);
     };
-    let hold = field("hold", spec.hold.as_ref(), time)?.unwrap_or_default();
-    if hold.is_zero() {
-        return Err(SpecError::field(
-            "hold",
-            "is not given, so nothing would be held back",
-            "for how long the chosen packets are held back, such as 3ms",
-        ));
-    }
-    Ok(Some(Reorder { probability, hold }))
+    let problem = match field("hold", spec.hold.as_ref(), time)? {
+        None => "is not given, so nothing would be held back",
+        Some(Duration::ZERO) => "is no time at all, so nothing would be held back",
+        Some(hold) => return Ok(Some(Reorder { probability, hold })),
+    };
+    Err(SpecError::field(
+        "hold",
+        problem,
+        "for how long the chosen packets are held back, such as 3ms",
+    ))
 }
 
 fn time(text: &str) -> Result<Duration, Problem> {
@@ -1074,7 +1132,10 @@ mod tests {
                 "jitter",
             ),
             (r#"{"delay":"0s","distribution":"samples:0"}"#, "delay"),
-            (r#"{"delay":"0s","distribution":"samples:2h"}"#, "delay"),
+            (
+                r#"{"delay":"0s","distribution":"samples:2h"}"#,
+                "distribution",
+            ),
             (r#"{"distribution":"samples:1"}"#, "distribution"),
             (r#"{"delay":"1s","order":"free"}"#, "order"),
             (r#"{"delay":"1s","jitter":"1s","order":"none"}"#, "order"),
@@ -1105,6 +1166,76 @@ mod tests {
             (r#"{"reorder":"1%"}"#, "hold"),
         ] {
             assert_eq!(parsed(text).unwrap_err().field, field, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_holds_packets_longest_is_to_blame() {
+        for (text, field, parts) in [
+            (r#"{"stall":"2h"}"#, "stall", "2h (stall 2h)"),
+            (
+                r#"{"rate":"1kbit","queue":"1mb"}"#,
+                "queue",
+                "the queue 2h19m48s608ms, the longest packet on the line 8m52s",
+            ),
+            (
+                r#"{"rate_trace":{"milliseconds":[86400000]}}"#,
+                "rate_trace",
+                "the longest packet on the line ",
+            ),
+            (
+                r#"{"delay":"10m","jitter":"10m"}"#,
+                "jitter",
+                "1h30m (delay 10m, eight times the jitter 1h20m)",
+            ),
+            (
+                r#"{"delay":"1s","distribution":"samples:2h"}"#,
+                "distribution",
+                "delay 1s, its longest sample 2h",
+            ),
+            (
+                r#"{"duplicate":"1%","copy_delay":"40m","delay":"30m"}"#,
+                "copy_delay",
+                "1h10m (delay 30m, copy_delay 40m)",
+            ),
+            (r#"{"reorder":"1%","hold":"61m"}"#, "hold", "(hold 1h1m)"),
+        ] {
+            let error = parsed(text).unwrap_err();
+            assert_eq!(error.field, field, "{text}");
+            assert!(error.problem.contains(parts), "{text}: {error}");
+            assert!(error.help.starts_with("1h at most"), "{}", error.help);
+        }
+        assert!(parsed(r#"{"delay":"12m","jitter":"6m"}"#).is_ok());
+    }
+
+    #[test]
+    fn zero_is_not_absent() {
+        for (text, problem) in [
+            (r#"{"reorder":"1%"}"#, "is not given"),
+            (r#"{"reorder":"1%","hold":"0s"}"#, "is no time at all"),
+            (r#"{"loss":"0%"}"#, "chooses nothing at all"),
+            (r#"{"corrupt":"0%"}"#, "chooses nothing at all"),
+            (r#"{"duplicate":"0.0%"}"#, "chooses nothing at all"),
+            (r#"{"loss":"gemodel:0%,1%"}"#, "never loses a packet"),
+        ] {
+            let error = parsed(text).unwrap_err();
+            assert!(error.problem.contains(problem), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn queues_are_read_like_rates() {
+        for (text, limit) in [
+            ("64KB", QueueLimit::Bytes(65_536)),
+            (" 1gb ", QueueLimit::Bytes(1 << 30)),
+            ("1500B", QueueLimit::Bytes(1500)),
+            ("10P", QueueLimit::Packets(10)),
+            (" 100ms ", QueueLimit::Time(Duration::from_millis(100))),
+        ] {
+            assert_eq!(queue(text), Ok(limit), "{text}");
+        }
+        for bad in ["64", "kb", "64 kb", "10M", "-1p", ""] {
+            assert!(queue(bad).is_err(), "{bad}");
         }
     }
 }

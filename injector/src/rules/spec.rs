@@ -296,6 +296,30 @@ pub struct TraceSpec {
 }
 
 impl FaultSpec {
+    /// Fields that decide by position, or answer: a rule has one of them at most.
+    pub const POSITIONAL: [&str; 7] = [
+        "cut",
+        "drop_nth",
+        "drop_first",
+        "drop_every",
+        "drop_pattern",
+        "drop_once",
+        "reject",
+    ];
+
+    /// The other faults: a rule may have any of them.
+    pub const COMBINED: [&str; 9] = [
+        "loss",
+        "corrupt",
+        "duplicate",
+        "delay",
+        "reorder",
+        "rate",
+        "rate_trace",
+        "stall",
+        "mtu_blackhole",
+    ];
+
     /// Whether nothing is asked for.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -407,6 +431,41 @@ mod tests {
         assert_eq!(spec.peer_port, ["80", "443"]);
         assert_eq!(spec.dscp, ["46"]);
         assert!(spec.src.is_empty());
+    }
+
+    /// Fields that say more about a fault, and are none themselves.
+    const DETAILS: [&str; 16] = [
+        "once",
+        "bits",
+        "where",
+        "checksum",
+        "copies",
+        "copy_delay",
+        "jitter",
+        "distribution",
+        "correlation",
+        "order",
+        "hold",
+        "queue",
+        "overhead",
+        "share",
+        "ecn",
+        "every",
+    ];
+
+    #[test]
+    fn no_fault_is_forgotten() {
+        let schema = serde_json::to_value(schemars::schema_for!(FaultSpec)).unwrap();
+        let fields = schema["properties"].as_object().unwrap();
+        let mut listed: Vec<&str> = FaultSpec::POSITIONAL
+            .into_iter()
+            .chain(FaultSpec::COMBINED)
+            .chain(DETAILS)
+            .collect();
+        listed.sort_unstable();
+        let mut there: Vec<&str> = fields.keys().map(String::as_str).collect();
+        there.sort_unstable();
+        assert_eq!(listed, there);
     }
 
     #[test]

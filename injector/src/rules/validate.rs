@@ -26,9 +26,23 @@ const TCP: Protocol = Protocol::Ip(6);
 const ICMP: Protocol = Protocol::Ip(1);
 const ICMPV6: Protocol = Protocol::Ip(58);
 
-const ONE_POSITION: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once, reject";
-const FAULTS: &str = "one of cut, drop_nth, drop_first, drop_every, drop_pattern (with once where wanted), drop_once, reject; \
-                      and any of loss, corrupt, duplicate, delay, reorder";
+/// The faults that a rule has one of.
+fn one_position() -> String {
+    let all = FaultSpec::POSITIONAL.map(|fault| match fault {
+        "drop_pattern" => "drop_pattern (with once where wanted)",
+        other => other,
+    });
+    format!("one of {}", all.join(", "))
+}
+
+/// All faults.
+fn faults() -> String {
+    format!(
+        "{}; and any of {}",
+        one_position(),
+        FaultSpec::COMBINED.join(", ")
+    )
+}
 
 /// Draws a seed. Seeds stay below 2^53, which JSON readers that know only floating point numbers
 /// keep exact.
@@ -279,12 +293,12 @@ fn fault(spec: &FaultSpec) -> Result<Fault, SpecError> {
         return Err(SpecError::field(
             "fault",
             format!("{} are given together", names.join(" and ")),
-            format!("{ONE_POSITION}; give a rule of its own to each"),
+            format!("{}; give a rule of its own to each", one_position()),
         ));
     }
     match found.pop() {
         Some((_, fault)) => Ok(fault),
-        None if spec.is_empty() => Err(SpecError::field("fault", "none is given", FAULTS)),
+        None if spec.is_empty() => Err(SpecError::field("fault", "none is given", faults())),
         None => Ok(Fault::None),
     }
 }
@@ -919,6 +933,17 @@ mod tests {
     }
 
     #[test]
+    fn every_fault_is_offered_where_none_is_given() {
+        let help = error(r#""fault":{}"#).help;
+        for fault in FaultSpec::POSITIONAL.iter().chain(&FaultSpec::COMBINED) {
+            assert!(
+                help.split([' ', ',', ';']).any(|word| word == *fault),
+                "{fault}: {help}"
+            );
+        }
+    }
+
+    #[test]
     fn rejects_are_checked() {
         for (fields, field) in [
             (r#""proto":"tcp","fault":{"reject":"drop"}"#, "reject"),
@@ -995,7 +1020,7 @@ mod tests {
             (r#""mark":"1,2,3,4,5""#, "mark", "5 marks"),
             (r#""mark":"0x10/0xf""#, "mark", "outside its mask"),
             (r#""dscp":"64""#, "dscp", "not a DSCP"),
-            (r#""flows":"0%""#, "flows", "no flow"),
+            (r#""flows":"0%""#, "flows", "chooses nothing"),
             (r#""flows":"101%""#, "flows", "more than 100%"),
             (r#""flows":"25""#, "flows", "percent sign"),
             (r#""proto":"tpc""#, "proto", "not a protocol"),

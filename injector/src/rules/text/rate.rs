@@ -23,7 +23,7 @@ pub fn parse(text: &str) -> Result<u64, Problem> {
     let (number, unit) = UNITS
         .iter()
         .find_map(|(name, unit)| text.strip_suffix(name).map(|number| (number, *unit)))
-        .ok_or_else(|| Problem::new("has no unit of a rate", ACCEPTED))?;
+        .ok_or_else(|| no_unit(&text))?;
     let wrong = || Problem::new("is not a rate", ACCEPTED);
     let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
     let digits = |text: &str| {
@@ -42,6 +42,27 @@ pub fn parse(text: &str) -> Result<u64, Problem> {
     } else {
         Err(Problem::new("is out of range", ACCEPTED))
     }
+}
+
+/// What is wrong with a text that ends in none of the units.
+fn no_unit(text: &str) -> Problem {
+    // `bps` is bytes per second to tc (tc(8), PARAMETERS), and bits to nearly everybody else.
+    for (unit, bits) in [
+        ("kbps", "kbit"),
+        ("mbps", "mbit"),
+        ("gbps", "gbit"),
+        ("bps", "bit"),
+    ] {
+        if text.ends_with(unit) {
+            return Problem::new(
+                format!("is in {unit}, which tc takes for bytes per second"),
+                format!(
+                    "say it in bits: {bits}, and eight times the number if bytes are meant; accepted: {ACCEPTED}"
+                ),
+            );
+        }
+    }
+    Problem::new("has no unit of a rate", ACCEPTED)
 }
 
 /// Writes a rate in the largest unit that it is a whole number of.
@@ -106,6 +127,14 @@ mod tests {
             "", "10", "mbit", "10mbps", "1bit", "500gbit", "-1mbit", "1.mbit", "1e3mbit",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
+        }
+        for (text, unit, hint) in [
+            ("10mbps", "is in mbps", "bits: mbit"),
+            ("5Bps", "is in bps", "bits: bit"),
+        ] {
+            let problem = parse(text).unwrap_err();
+            assert!(problem.problem.contains(unit), "{problem}");
+            assert!(problem.help.contains(hint), "{}", problem.help);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Shares of flows: `25%` as a threshold from 0 to 2^32, without floating point.
+//! Shares, of flows and of packets: `25%` as a threshold from 0 to 2^32, without floating point.
 
 use crate::rules::error::Problem;
 
@@ -10,8 +10,16 @@ const DECIMALS: u32 = 12;
 
 const ACCEPTED: &str = "a percentage above 0% and up to 100%, with its sign, such as 25% or 0.1%";
 
-/// Reads a percentage as the nearest threshold.
+/// Reads a percentage above zero as the nearest threshold.
 pub fn parse(text: &str) -> Result<u64, Problem> {
+    match parse_from_zero(text)? {
+        0 => Err(Problem::new("chooses nothing at all", ACCEPTED)),
+        threshold => Ok(threshold),
+    }
+}
+
+/// Reads a percentage that may be zero as the nearest threshold; none but zero itself becomes zero.
+pub fn parse_from_zero(text: &str) -> Result<u64, Problem> {
     let number = text
         .trim()
         .strip_suffix('%')
@@ -37,12 +45,12 @@ pub fn parse(text: &str) -> Result<u64, Problem> {
         return Err(Problem::new("is more than 100%", ACCEPTED));
     }
     if percent == 0 {
-        return Err(Problem::new("is no flow at all", ACCEPTED));
+        return Ok(0);
     }
     let threshold = (percent * u128::from(ALL) + hundred / 2) / hundred;
     match u64::try_from(threshold) {
         Ok(0) | Err(_) => Err(Problem::new(
-            "is below what a 32-bit hash resolves",
+            "is less than 32 bits can tell from zero",
             "at least 0.00000002%",
         )),
         Ok(threshold) => Ok(threshold),
@@ -96,6 +104,18 @@ mod tests {
             assert_eq!(parse(&format(threshold)).unwrap(), threshold);
             threshold = threshold * 3 / 2 + 1;
         }
+    }
+
+    #[test]
+    fn zero_is_told_from_what_is_too_small() {
+        for zero in ["0%", "0.0%", " 0 % "] {
+            assert_eq!(parse_from_zero(zero), Ok(0));
+            assert_eq!(parse(zero).unwrap_err().problem, "chooses nothing at all");
+        }
+        for small in ["0.000000001%", "0.00000001%"] {
+            assert!(parse_from_zero(small).is_err(), "{small}");
+        }
+        assert_eq!(parse("0.00000002%"), Ok(1));
     }
 
     #[test]

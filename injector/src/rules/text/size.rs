@@ -13,7 +13,7 @@ const MOST: u64 = 1023 << 30;
 /// Reads an amount of memory above zero.
 pub fn parse(text: &str) -> Result<u64, Problem> {
     let wrong = || Problem::new("is not an amount of memory", ACCEPTED);
-    let lower = text.to_ascii_lowercase();
+    let lower = text.trim().to_ascii_lowercase();
     let (number, unit) = UNITS
         .iter()
         .find_map(|(name, bytes)| Some((lower.strip_suffix(name)?, *bytes)))
@@ -38,7 +38,7 @@ mod tests {
     fn amounts() {
         assert_eq!(parse("256mb"), Ok(256 << 20));
         assert_eq!(parse("1gb"), Ok(1 << 30));
-        assert_eq!(parse("64KB"), Ok(65_536));
+        assert_eq!(parse(" 64KB "), Ok(65_536));
         assert_eq!(parse("1500b"), Ok(1500));
         assert_eq!(parse("1023gb"), Ok(MOST));
         for bad in [
