@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::{
     client::ClientError,
     protocol::{ErrorBody, ErrorCode},
-    rules::{SpecError, hosts::HostsError},
+    rules::{SpecError, Surface, hosts::HostsError},
 };
 
 /// What a command ends with, apart from the command that `exec` runs.
@@ -133,25 +133,8 @@ impl Failure {
     /// A rule that cannot be accepted; `flag`: it came from the command line rather than a file.
     #[must_use]
     pub fn from_spec(error: &SpecError, flag: bool) -> Failure {
-        let mut error = error.clone();
-        let message = if flag {
-            // The text form's `peer_port` is `--peer-port` here.
-            let field = std::mem::take(&mut error.field);
-            let rest = error.to_string();
-            match field {
-                "name" => format!("NAME{rest}"),
-                "fault" => as_flags(&format!("fault{rest}")),
-                field => format!("--{}{rest}", field.replace('_', "-")),
-            }
-        } else {
-            error.to_string()
-        };
-        let help = if flag {
-            as_flags(&error.help)
-        } else {
-            error.help
-        };
-        Failure::usage(message).help(help)
+        let surface = if flag { Surface::Flags } else { Surface::File };
+        Failure::usage(error.message(surface)).help(error.help(surface))
     }
 
     /// The failure as `--json` prints it.
@@ -168,23 +151,6 @@ impl Failure {
             }
         })
     }
-}
-
-/// Words of the text form in a help text, as the flags that they are on the command line.
-fn as_flags(help: &str) -> String {
-    const FIELDS: [(&str, &str); 8] = [
-        ("all_traffic", "--all-traffic"),
-        ("drop_nth", "--drop-nth"),
-        ("drop_first", "--drop-first"),
-        ("drop_every", "--drop-every"),
-        ("drop_pattern", "--drop-pattern"),
-        ("drop_once", "--drop-once"),
-        ("one of cut", "one of --cut"),
-        ("with iface", "with --iface"),
-    ];
-    FIELDS.iter().fold(help.to_owned(), |help, (field, flag)| {
-        help.replace(field, flag)
-    })
 }
 
 impl fmt::Display for Failure {
@@ -251,6 +217,7 @@ impl From<HostsError> for Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::Problem;
 
     #[test]
     fn codes_of_the_daemon_have_exit_codes() {
@@ -303,12 +270,7 @@ mod tests {
 
     #[test]
     fn fields_are_flags_on_the_command_line() {
-        let error = SpecError {
-            field: "peer_port",
-            text: Some("90-80".into()),
-            problem: "is a reversed range".into(),
-            help: "write 80-90".into(),
-        };
+        let error = Problem::new("is a reversed range", "write 80-90").of("peer_port", "90-80");
         assert_eq!(
             Failure::from_spec(&error, true).message,
             "--peer-port '90-80': is a reversed range"

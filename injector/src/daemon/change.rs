@@ -1083,7 +1083,7 @@ fn parse(specs: &[RuleSpec]) -> Result<Vec<Wanted>, ErrorBody> {
                     ErrorCode::Invalid,
                     format!("{which} is wrong: {error}; nothing was changed"),
                 )
-                .with_hint(error.help)
+                .with_hint(error.help(rules::Surface::File))
             })?;
             Ok(Wanted {
                 rule,

@@ -18,7 +18,7 @@ pub mod text;
 pub mod trace;
 mod validate;
 
-pub use error::{Problem, SpecError};
+pub use error::{Problem, SpecError, Surface};
 pub use name::{MAX_NAME_LENGTH, check_name, generate_name};
 pub use spec::{FaultSpec, RuleSpec, TraceSpec};
 pub use validate::{draw_seed, is_unconstrained};

@@ -358,30 +358,30 @@ impl Shaping {
             }
         };
         if let Some(delay) = &self.delay {
-            push("delay", "delay", delay.base);
+            push("delay", "`delay`", delay.base);
             match &delay.distribution {
                 Distribution::Samples(_) => {
                     push("distribution", "its longest sample", delay.longest_above());
                 }
-                _ => push("jitter", "eight times the jitter", delay.longest_above()),
+                _ => push("jitter", "eight times the `jitter`", delay.longest_above()),
             }
         }
         if let Some(one) = self.duplicate {
-            push("copy_delay", "copy_delay", one.copy_delay);
+            push("copy_delay", "`copy_delay`", one.copy_delay);
         }
         if let Some(one) = self.reorder {
-            push("hold", "hold", one.hold);
+            push("hold", "`hold`", one.hold);
         }
         if let Some(rate) = &self.rate {
             let speed = match rate.speed {
                 Speed::Constant(_) => "rate",
                 Speed::Trace(_) => "rate_trace",
             };
-            push("queue", "the queue", rate.longest_wait());
+            push("queue", "the `queue`", rate.longest_wait());
             push(speed, "the longest packet on the line", rate.longest_turn());
         }
         if let Some(one) = self.stall {
-            push("stall", "stall", one.length);
+            push("stall", "`stall`", one.length);
         }
         holds
     }
@@ -409,8 +409,8 @@ impl Shaping {
                 parts.join(", ")
             ),
             format!(
-                "{} at most in one rule: delay, eight times the jitter or the longest sample, copy_delay, hold, the \
-                 queue with the longest packet on the line, and stall together",
+                "{} at most in one rule: `delay`, eight times the `jitter` or the longest sample, `copy_delay`, \
+                 `hold`, the `queue` with the longest packet on the line, and `stall` together",
                 duration::format(LONGEST_HOLD)
             ),
         ))
@@ -735,11 +735,16 @@ fn field<T>(
 
 /// Complains about a field that only goes with another one.
 fn without(name: &'static str, given: bool, other: &str) -> Result<(), SpecError> {
+    without_any(name, given, &format!("`{other}`"))
+}
+
+/// The same for one of several, given as marked text.
+fn without_any(name: &'static str, given: bool, others: &str) -> Result<(), SpecError> {
     if given {
         return Err(SpecError::field(
             name,
-            format!("goes with {other} only"),
-            format!("give {other} too, or leave {name} out"),
+            format!("goes with {others} only"),
+            format!("give {others} too, or leave `{name}` out"),
         ));
     }
     Ok(())
@@ -874,7 +879,7 @@ fn delay(spec: &FaultSpec) -> Result<Option<Delay>, SpecError> {
             return Err(SpecError::field(
                 "jitter",
                 "does not go with samples, which are delays by themselves",
-                "leave jitter out, or give a table, whose numbers are in units of the jitter",
+                "leave `jitter` out, or give a table, whose numbers are in units of the `jitter`",
             ));
         }
     } else if jitter.is_zero() {
@@ -921,16 +926,16 @@ fn rate_of(spec: &FaultSpec) -> Result<Option<Rate>, SpecError> {
         (Some(_), Some(_)) => {
             return Err(SpecError::field(
                 "rate_trace",
-                "a line has one rate, and rate is given too",
-                "give one of rate and rate_trace",
+                "a line has one rate, and `rate` is given too",
+                "give one of `rate` and `rate_trace`",
             ));
         }
         (None, None) => {
-            const OTHER: &str = "rate or rate_trace";
-            without("queue", spec.queue.is_some(), OTHER)?;
-            without("overhead", spec.overhead.is_some(), OTHER)?;
-            without("share", spec.share.is_some(), OTHER)?;
-            without("ecn", spec.ecn.is_some(), OTHER)?;
+            const LINES: &str = "`rate` or `rate_trace`";
+            without_any("queue", spec.queue.is_some(), LINES)?;
+            without_any("overhead", spec.overhead.is_some(), LINES)?;
+            without_any("share", spec.share.is_some(), LINES)?;
+            without_any("ecn", spec.ecn.is_some(), LINES)?;
             return Ok(None);
         }
     };
@@ -1031,6 +1036,7 @@ fn order(text: &str) -> Result<Order, Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::Surface;
 
     fn parsed(json: &str) -> Result<Shaping, SpecError> {
         Shaping::parse(&serde_json::from_str(json).unwrap())
@@ -1165,7 +1171,9 @@ mod tests {
             (r#"{"hold":"1s"}"#, "hold"),
             (r#"{"reorder":"1%"}"#, "hold"),
         ] {
-            assert_eq!(parsed(text).unwrap_err().field, field, "{text}");
+            let error = parsed(text).unwrap_err();
+            assert_eq!(error.field, field, "{text}");
+            error.assert_speaks_of_flags();
         }
     }
 
@@ -1202,10 +1210,17 @@ mod tests {
         ] {
             let error = parsed(text).unwrap_err();
             assert_eq!(error.field, field, "{text}");
-            assert!(error.problem.contains(parts), "{text}: {error}");
+            assert!(error.to_string().contains(parts), "{text}: {error}");
             assert!(error.help.starts_with("1h at most"), "{}", error.help);
+            error.assert_speaks_of_flags();
         }
         assert!(parsed(r#"{"delay":"12m","jitter":"6m"}"#).is_ok());
+        assert!(
+            parsed(r#"{"duplicate":"1%","copy_delay":"61m"}"#)
+                .unwrap_err()
+                .message(Surface::Flags)
+                .starts_with("--copy-delay: a packet could be held for 1h1m (--copy-delay 1h1m)")
+        );
     }
 
     #[test]

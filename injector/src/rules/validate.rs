@@ -5,7 +5,7 @@ use std::{collections::HashSet, fmt, ops::RangeInclusive, time::Duration};
 use ipnet::IpNet;
 
 use super::{
-    error::{Problem, SpecError},
+    error::{Problem, SpecError, marked},
     model::{
         AddrSet, Answer, ConnState, Direction, Fault, FlowIdentity, IpVersion, MAX_LENGTH,
         MAX_LENGTH_RANGES, MAX_MARKS, MAX_PATTERN_BITS, NetnsRef, Protocol, Rule, Selector,
@@ -29,8 +29,8 @@ const ICMPV6: Protocol = Protocol::Ip(58);
 /// The faults that a rule has one of.
 fn one_position() -> String {
     let all = FaultSpec::POSITIONAL.map(|fault| match fault {
-        "drop_pattern" => "drop_pattern (with once where wanted)",
-        other => other,
+        "drop_pattern" => "`drop_pattern` (with `once` where wanted)".to_owned(),
+        other => format!("`{other}`"),
     });
     format!("one of {}", all.join(", "))
 }
@@ -40,7 +40,7 @@ fn faults() -> String {
     format!(
         "{}; and any of {}",
         one_position(),
-        FaultSpec::COMBINED.join(", ")
+        marked(&FaultSpec::COMBINED)
     )
 }
 
@@ -91,7 +91,7 @@ impl RuleSpec {
                     rule.interfaces.join(", ")
                 ),
                 "say which packets are meant (addresses, ports, a protocol, a share of flows …), or \
-                 ask for it with all_traffic",
+                 ask for it with `all_traffic`",
             ));
         }
         Ok(rule)
@@ -284,12 +284,12 @@ fn fault(spec: &FaultSpec) -> Result<Fault, SpecError> {
     if spec.once && spec.drop_pattern.is_none() {
         return Err(SpecError::field(
             "once",
-            "goes with drop_pattern only",
-            "for the loss of a single packet use drop_once",
+            "goes with `drop_pattern` only",
+            "for the loss of a single packet use `drop_once`",
         ));
     }
     if found.len() > 1 {
-        let names: Vec<&str> = found.iter().map(|&(name, _)| name).collect();
+        let names: Vec<String> = found.iter().map(|(name, _)| format!("`{name}`")).collect();
         return Err(SpecError::field(
             "fault",
             format!("{} are given together", names.join(" and ")),
@@ -333,7 +333,7 @@ fn check_reject(rule: &Rule) -> Result<(), SpecError> {
         return Err(SpecError::field(
             "reject",
             "rst answers TCP only, and the rule is not for TCP only",
-            "proto tcp, or one of icmp-host, icmp-port, icmp-admin",
+            "`proto` tcp, or one of icmp-host, icmp-port, icmp-admin",
         ));
     }
     Ok(())
@@ -499,10 +499,10 @@ fn icmp_types(selector: &mut Selector, texts: &[String]) -> Result<(), SpecError
         return Err(SpecError::field(
             "icmp_type",
             format!(
-                "packets of proto {} have no ICMP type",
+                "packets of `proto` {} have no ICMP type",
                 protocol::format(other)
             ),
-            "leave proto out or limit it to icmp, icmpv6 and nd; give other protocols a rule of \
+            "leave `proto` out or limit it to icmp, icmpv6 and nd; give other protocols a rule of \
              their own",
         ));
     }
@@ -538,7 +538,7 @@ fn icmp_types(selector: &mut Selector, texts: &[String]) -> Result<(), SpecError
         if !used {
             return Err(Problem::new(
                 "matches no packet of the protocols and addresses of this rule",
-                "types 133 to 137 of ICMPv6 are proto nd, its others icmpv6; types of ICMP need \
+                "types 133 to 137 of ICMPv6 are `proto` nd, its others icmpv6; types of ICMP need \
                  IPv4, those of ICMPv6 need IPv6",
             )
             .of("icmp_type", &text));
@@ -568,10 +568,10 @@ fn tcp_flags_mean_tcp(selector: &mut Selector) -> Result<(), SpecError> {
         Some(&other) => Err(SpecError::field(
             "tcp_flags",
             format!(
-                "packets of proto {} have no TCP flags",
+                "packets of `proto` {} have no TCP flags",
                 protocol::format(other)
             ),
-            "leave proto out or limit it to tcp; give other protocols a rule of their own",
+            "leave `proto` out or limit it to tcp; give other protocols a rule of their own",
         )),
     }
 }
@@ -596,8 +596,11 @@ fn ports_need_ports(selector: &Selector) -> Result<(), SpecError> {
         None => Ok(()),
         Some(&other) => Err(SpecError::field(
             field,
-            format!("packets of proto {} have no ports", protocol::format(other)),
-            "leave proto out or limit it to tcp, udp and sctp; give other protocols a rule of their \
+            format!(
+                "packets of `proto` {} have no ports",
+                protocol::format(other)
+            ),
+            "leave `proto` out or limit it to tcp, udp and sctp; give other protocols a rule of their \
              own",
         )),
     }
@@ -731,7 +734,7 @@ fn one_family(selector: &Selector) -> Result<(), SpecError> {
             None => Ok(()),
             Some((field, _)) => Err(SpecError::field(
                 field,
-                "packets of proto other are not IP and have none",
+                "packets of `proto` other are not IP and have none",
                 "leave it out, or give IP packets a rule of their own",
             )),
         };
@@ -751,7 +754,7 @@ fn one_family(selector: &Selector) -> Result<(), SpecError> {
         (Some(one), Some(other)) => Err(SpecError::field(
             one.field,
             format!(
-                "{}leaves only {} and {}{} only {}, so no packet can match",
+                "{}leaves only {} and `{}`{} only {}, so no packet can match",
                 one.prefix(),
                 one.left,
                 other.field,
@@ -773,6 +776,7 @@ mod tests {
     use std::fmt::Write;
 
     use super::*;
+    use crate::rules::Surface;
 
     /// The rule of a text form that has an interface and a fault already.
     fn parse(fields: &str) -> Result<Rule, SpecError> {
@@ -790,7 +794,9 @@ mod tests {
     }
 
     fn error(fields: &str) -> SpecError {
-        parse(fields).expect_err(fields)
+        let error = parse(fields).expect_err(fields);
+        error.assert_speaks_of_flags();
+        error
     }
 
     #[test]
@@ -933,8 +939,55 @@ mod tests {
     }
 
     #[test]
+    fn fields_are_flags_on_the_command_line() {
+        for (fields, message, help) in [
+            (
+                r#""fault":{"cut":true,"drop_nth":1}"#,
+                "fault: --cut and --drop-nth are given together",
+                "one of --cut, --drop-nth,",
+            ),
+            (
+                r#""fault":{}"#,
+                "fault: none is given",
+                "--drop-pattern (with --once where wanted), --drop-once, --reject; and any of --loss,",
+            ),
+            (
+                r#""fault":{"copy_delay":"1s"}"#,
+                "--copy-delay: goes with --duplicate only",
+                "give --duplicate too, or leave --copy-delay out",
+            ),
+            (
+                r#""fault":{"queue":"1s"}"#,
+                "--queue: goes with --rate or --rate-trace only",
+                "give --rate or --rate-trace too, or leave --queue out",
+            ),
+            (
+                r#""fault":{"rate":"1mbit","rate_trace":{"milliseconds":[1]}}"#,
+                "--rate-trace: a line has one rate, and --rate is given too",
+                "give one of --rate and --rate-trace",
+            ),
+            (
+                r#""peer":"fd00::1","ip_version":4"#,
+                "--peer: fd00::1 leaves only IPv6 and --ip-version 4 only IPv4, so no packet can match",
+                "use addresses",
+            ),
+            (
+                r#""peer_port":"80","proto":"icmp""#,
+                "--peer-port: packets of --proto icmp have no ports",
+                "leave --proto out",
+            ),
+        ] {
+            let error = error(fields);
+            assert_eq!(error.message(Surface::Flags), message, "{fields}");
+            let said = error.help(Surface::Flags);
+            assert!(said.contains(help), "{fields}: {said}");
+            assert!(!error.help(Surface::File).contains('-'), "{fields}");
+        }
+    }
+
+    #[test]
     fn every_fault_is_offered_where_none_is_given() {
-        let help = error(r#""fault":{}"#).help;
+        let help = error(r#""fault":{}"#).help(Surface::File);
         for fault in FaultSpec::POSITIONAL.iter().chain(&FaultSpec::COMBINED) {
             assert!(
                 help.split([' ', ',', ';']).any(|word| word == *fault),

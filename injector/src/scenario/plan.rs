@@ -24,7 +24,7 @@ use super::{
     vocabulary::{self, Context},
 };
 use crate::rules::{
-    FaultSpec, MAX_NAME_LENGTH, Problem, RuleSpec, check_name,
+    FaultSpec, MAX_NAME_LENGTH, Problem, RuleSpec, Surface, check_name,
     hosts::Hosts as SystemHosts,
     text::{address, distribution, duration, rate},
 };
@@ -880,7 +880,7 @@ impl Planner<'_> {
             }
             self.named(&mut spec, path, several.then_some(host.as_str()));
             if let Err(error) = spec.parse() {
-                self.wrong(at, format!("{error}; {}", error.help));
+                self.wrong(at, format!("{error}; {}", error.help(Surface::File)));
                 return None;
             }
             rules.push(spec);

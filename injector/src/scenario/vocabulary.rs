@@ -309,6 +309,7 @@ pub fn expand(profile: &Profile, _: &Context<'_>) -> Result<Step, Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::Surface;
 
     fn profile(name: Name) -> Profile {
         Profile {
@@ -357,7 +358,7 @@ mod tests {
                 for mut rule in found {
                     rule.iface = vec!["eth0".to_owned()];
                     if let Err(error) = rule.parse() {
-                        panic!("{name:?}: {error} ({})", error.help);
+                        panic!("{name:?}: {error} ({})", error.help(Surface::File));
                     }
                 }
             }
