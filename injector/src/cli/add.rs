@@ -13,7 +13,7 @@ use crate::{
     rules::RuleSpec,
 };
 
-/// Add a rule: packets that match it are lost from now on
+/// Add a rule: its faults act on packets that match it, from now on
 #[derive(Debug, Args)]
 pub(super) struct AddArgs {
     /// Name of the rule [default: made from its content]

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::protocol::{Call, HealArgs as Request, HealResult};
 
-/// End rules; traffic is as it was at once
+/// End rules; what they hold leaves at its time, later packets of a flow behind it
 #[derive(Debug, Args)]
 pub(super) struct HealArgs {
     /// Rules and groups (partitions) to end

@@ -54,7 +54,7 @@ enum Color {
     Never,
 }
 
-/// Cut real traffic: chosen flows of unmodified services, silently, and healed exactly
+/// Faults in real traffic: chosen flows of unmodified services cut, delayed, damaged or slowed, and healed exactly
 #[derive(Debug, Parser)]
 #[command(
     name = "injector",

@@ -330,7 +330,8 @@ pub(super) struct RuleArgs {
         help_heading = "What else happens to them, packet by packet"
     )]
     pub(super) queue: Option<String>,
-    /// With --rate or --rate-trace: bytes by which a packet is longer on the line than its frame [default: 0]
+    /// With --rate: bytes by which a packet is longer on the line than its frame; with --rate-trace: than its IP
+    /// packet and four bytes [default: 0]
     #[arg(
         long,
         allow_negative_numbers = true,

@@ -267,7 +267,8 @@ pub struct FaultSpec {
     /// What waits in front of it at most: `100ms` (the default), `64kb`, `50p`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue: Option<String>,
-    /// Bytes by which a packet is longer on the line than its frame, or shorter where it is negative; 0 where absent.
+    /// Bytes by which a packet is longer on the line than its frame (under `rate_trace`: than its IP packet and four
+    /// bytes), or shorter where it is negative; 0 where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overhead: Option<i32>,
     /// Which packets share a line: `rule` (the default), `flow` or `peer`.
