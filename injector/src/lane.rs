@@ -80,7 +80,7 @@ pub enum LaneError {
         name: &'static str,
     },
     /// The kernel refused.
-    #[error("cannot make a lane in network namespace {netns}: {source}")]
+    #[error("the lane of network namespace {netns}: {source}")]
     Netlink {
         /// The namespace.
         netns: String,
@@ -89,7 +89,8 @@ pub enum LaneError {
     },
     /// Its devices stay down.
     #[error(
-        "cannot make a lane in network namespace {netns}: its devices did not come up within {seconds} s"
+        "the lane of network namespace {netns}: its devices did not come up within {seconds} s; `ip link` shows their \
+         state there, `dmesg` what the kernel says of them"
     )]
     Down {
         /// The namespace.
@@ -98,7 +99,7 @@ pub enum LaneError {
         seconds: u64,
     },
     /// A setting of a device could not be made.
-    #[error("cannot make a lane in network namespace {netns}: writing {path} failed: {source}")]
+    #[error("the lane of network namespace {netns}: writing {path} failed: {source}")]
     Setting {
         /// The namespace.
         netns: String,
