@@ -1,5 +1,5 @@
 //! Faults together, in one rule and in several on one interface: each packet meets exactly what each of them draws
-//! for it. (With corruption and a line among them: `corrupt::exactly_the_drawn_bits_are_turned_over`.)
+//! for it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
