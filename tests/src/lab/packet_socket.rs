@@ -21,6 +21,7 @@ use super::{
         self, ETH_ARP, ETH_EXPERIMENT, ETH_EXPERIMENT_2, ETH_IPV4, ETH_IPV6, ETH_QINQ, ETH_VLAN,
     },
     netns::Netns,
+    stamping::stamp_arrivals,
 };
 
 /// Every protocol, as `socket(2)` takes it (`ETH_P_ALL`).
@@ -53,6 +54,8 @@ pub struct Frame {
     pub bytes: Vec<u8>,
     /// Whether the kernel takes its checksum for verified (`CHECKSUM_UNNECESSARY`).
     pub verified: bool,
+    /// When the kernel saw it, in nanoseconds of the time of day, if that was asked for.
+    pub at_ns: Option<i64>,
     tag: Option<u16>,
 }
 
@@ -281,6 +284,13 @@ impl Capture {
         Ok(Self { socket })
     }
 
+    /// The same, and the kernel says of each frame when it arrived.
+    pub fn open_stamped(ns: &Netns, ethertype: u16) -> Result<Self> {
+        let capture = Self::open(ns, ethertype)?;
+        stamp_arrivals(&capture.socket, ns)?;
+        Ok(capture)
+    }
+
     /// Opens one that sees everything *before* the ingress hook.
     pub fn tap(ns: &Netns) -> Result<Self> {
         Self::open(ns, ETH_ALL)
@@ -369,6 +379,7 @@ fn receive_frame(socket: RawFd) -> Result<Option<Frame>> {
     let length = usize::try_from(got)?;
     let mut tag = None;
     let mut verified = false;
+    let mut at_ns = None;
     // SAFETY: the kernel filled the control buffer; the macros walk it within msg_controllen.
     unsafe {
         let mut header = libc::CMSG_FIRSTHDR(&raw const message);
@@ -384,12 +395,21 @@ fn receive_frame(socket: RawFd) -> Result<Option<Frame>> {
                 }
                 verified = aux.tp_status & libc::TP_STATUS_CSUM_VALID != 0;
             }
+            if (*header).cmsg_level == libc::SOL_SOCKET
+                && (*header).cmsg_type == libc::SCM_TIMESTAMPNS
+            {
+                let time = libc::CMSG_DATA(header)
+                    .cast::<libc::timespec>()
+                    .read_unaligned();
+                at_ns = Some(time.tv_sec * 1_000_000_000 + time.tv_nsec);
+            }
             header = libc::CMSG_NXTHDR(&raw const message, header);
         }
     }
     Ok(Some(Frame {
         bytes: bytes[..length].to_vec(),
         verified,
+        at_ns,
         tag,
     }))
 }

@@ -2,6 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, UdpSocket},
+    os::fd::AsFd,
     sync::{Mutex, PoisonError},
     thread,
     time::Duration,
@@ -25,7 +26,7 @@ const UNREAD: Duration = Duration::from_millis(2);
 /// The first socket of a host that asks for it has the kernel turn a switch, by way of a worker
 /// (`net_enable_timestamp`). What comes before that gets the time at which it is read. So the first one here waits for
 /// the switch, at the namespace's loopback interface, and keeps it turned for as long as this process lives.
-pub(super) fn stamp_arrivals(receiver: &UdpSocket, ns: &Netns) -> Result<()> {
+pub(super) fn stamp_arrivals(receiver: &impl AsFd, ns: &Netns) -> Result<()> {
     static KEEPING: Mutex<Option<UdpSocket>> = Mutex::new(None);
     ask(receiver)?;
     let mut keeping = KEEPING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -53,6 +54,6 @@ pub(super) fn stamp_arrivals(receiver: &UdpSocket, ns: &Netns) -> Result<()> {
     Ok(())
 }
 
-fn ask(socket: &UdpSocket) -> Result<()> {
+fn ask(socket: &impl AsFd) -> Result<()> {
     setsockopt(socket, ReceiveTimestampns, &true).context("SO_TIMESTAMPNS")
 }

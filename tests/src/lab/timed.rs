@@ -253,7 +253,7 @@ fn nanoseconds(seconds: i64, nanoseconds: i64) -> i64 {
 }
 
 /// The time of day in nanoseconds.
-pub(super) fn now_ns() -> Result<i64> {
+pub fn now_ns() -> Result<i64> {
     let now = clock_gettime(ClockId::CLOCK_REALTIME).context("clock_gettime")?;
     Ok(nanoseconds(now.tv_sec(), now.tv_nsec()))
 }

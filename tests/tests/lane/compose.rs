@@ -6,25 +6,35 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use injector::{dataplane::distribution::quantile, rules::shaping::Distribution};
 use libtest_mimic::Trial;
 use tests::{
     lab::{
+        frame::{ETH_IPV4, ETH_IPV6},
         injector::RuleCounters,
         lent::Lent,
-        timed::{Timed, delays},
+        packet_socket::{Capture, Frame},
+        timed::{Timed, delays, median, milliseconds},
         topology::{Lab, Node},
         transcript::report,
         trial::{Need, trial},
+        udp::socket,
     },
-    model::line::Stream,
+    model::{
+        datagram::{Choice, turn},
+        line::Stream,
+    },
 };
+
+use crate::corrupt::{self, Asked, content, corrupt_udp, total};
 
 pub(crate) fn tests() -> Vec<Trial> {
     const NEEDS: &[Need] = &[Need::Root, Need::Injector];
     vec![
         trial("compose::faults_in_one_rule", NEEDS, faults_in_one_rule),
         trial("compose::several_rules", NEEDS, several_rules),
+        trial("compose::five_on_a_line", NEEDS, five_on_a_line),
     ]
 }
 
@@ -264,4 +274,300 @@ fn path(a: &Node, b: &Node, way: Way) -> Result<Timed> {
     } else {
         Timed::v4(from, 6000, to, 7000)
     }
+}
+
+/// Faults of one rule with a line, and what its arithmetic needs of them besides.
+struct Five {
+    asked: Asked,
+    delay_ms: f64,
+    jitter_ms: f64,
+}
+
+/// Of the line of [`Five`]: a frame of 742 bytes takes 5.9 ms.
+const BITS_PER_SECOND: f64 = 1e6;
+
+/// Delay, rate, loss, duplicate and corrupt in one rule: the bits, the numbers, and the time of each arrival, by the
+/// order of the stages. A constant delay is the same in front of the line and behind it; a drawn one is not.
+fn five_on_a_line() -> Result<()> {
+    const REPAIRED: Choice = Choice {
+        repairable: true,
+        ..corrupt::ANY
+    };
+    const CONSTANT: Asked = Asked {
+        words: "--corrupt 50% --bits 2 --checksum repaired --loss 20% --duplicate 30% --rate 1mbit --queue 10s \
+                --delay 100ms",
+        egress: true,
+        v6: false,
+        corrupt: 0.5,
+        bits: 2,
+        choice: REPAIRED,
+        loss: 0.2,
+        duplicate: 0.3,
+    };
+    const DRAWN: Asked = Asked {
+        words: "--corrupt 50% --bits 2 --checksum repaired --loss 20% --duplicate 30% --rate 1mbit --queue 10s \
+                --delay 100ms --jitter 60ms",
+        ..CONSTANT
+    };
+    let lab = Lab::steady_pair()?;
+    lab.a().make_clsact()?;
+    let injector = Lent::new()?;
+    for (egress, v6) in [(true, false), (false, true)] {
+        for (asked, jitter_ms) in [(CONSTANT, 0.0), (DRAWN, 60.0)] {
+            let five = Five {
+                asked: Asked {
+                    egress,
+                    v6,
+                    ..asked
+                },
+                delay_ms: 100.0,
+                jitter_ms,
+            };
+            five.must_hold(&injector, &lab)
+                .with_context(|| format!("egress {egress}, IPv6 {v6}, jitter {jitter_ms} ms"))?;
+        }
+    }
+    Ok(())
+}
+
+/// In which order a packet meets its faults.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stages {
+    /// Loss, copies, line, delay.
+    AsDocumented,
+    /// What is lost takes its time on the line.
+    LossBehindTheLine,
+    /// Copies do not.
+    CopiesBesideTheLine,
+    /// The line is the last.
+    DelayBeforeTheLine,
+}
+
+impl Five {
+    /// How long a frame is on the line, in milliseconds.
+    fn line_ms(&self) -> f64 {
+        let bytes = u32::try_from(14 + self.asked.datagram().length()).unwrap_or(u32::MAX);
+        f64::from(bytes) * 8e3 / BITS_PER_SECOND
+    }
+
+    /// When packets that were sent at these times leave, in the order of their numbers, each before its copy.
+    fn leave(&self, stages: Stages, sent_ms: &[f64], stream: &Stream) -> Vec<(u32, f64)> {
+        let mut line = f64::MIN;
+        // Order is kept.
+        let mut latest = f64::MIN;
+        let mut leave = Vec::new();
+        for (number, &sent) in (1..).zip(sent_ms) {
+            let n = u64::from(number);
+            if stream.loses(n, self.asked.loss) {
+                if stages == Stages::LossBehindTheLine {
+                    line = line.max(sent) + self.line_ms();
+                }
+                continue;
+            }
+            let delay =
+                self.delay_ms + self.jitter_ms * quantile(&Distribution::Uniform, stream.delay(n));
+            if stages == Stages::DelayBeforeTheLine {
+                latest = latest.max(sent + delay);
+                line = line.max(latest) + self.line_ms();
+                leave.push((number, line));
+            } else {
+                line = line.max(sent) + self.line_ms();
+                latest = latest.max(line + delay);
+                leave.push((number, latest));
+            }
+            if stream.duplicates(n, self.asked.duplicate) {
+                let behind = if stages == Stages::CopiesBesideTheLine {
+                    0.0
+                } else {
+                    line += self.line_ms();
+                    self.line_ms()
+                };
+                let original = leave.last().map_or(0.0, |(_, at)| *at);
+                leave.push((number, original + behind));
+            }
+        }
+        leave
+    }
+
+    fn must_hold(&self, injector: &Lent, lab: &Lab) -> Result<()> {
+        let asked = &self.asked;
+        let (from, to) = corrupt_udp(injector, lab, asked.egress, asked.v6, asked.words)?;
+        let (source, target, ethertype) = if asked.v6 {
+            (from.at6(6000), to.at6(7000), ETH_IPV6)
+        } else {
+            (from.at(6000), to.at(7000), ETH_IPV4)
+        };
+        let capture = Capture::open_stamped(&to.ns, ethertype)?;
+        let stream = Stream::of_udp(corrupt::SEED, "noise", (source, target), asked.egress);
+        let expected = asked.expected(&stream);
+        let sent = corrupt::send(&socket(&from.ns, source)?, target)?;
+        let mut frames = self.numbered(
+            &capture.frames_to(to.mac, expected.len(), corrupt::QUIET, corrupt::WITHIN)?,
+            &expected,
+        )?;
+        let mut seen = BTreeSet::new();
+        let originals: Vec<u32> = frames
+            .iter()
+            .map(|(number, _)| *number)
+            .filter(|number| seen.insert(*number))
+            .collect();
+        ensure!(originals.is_sorted(), "order was not kept: {originals:?}");
+        // A drawn delay lets later packets leave as soon as one, and so before its copy, which is on the line longer.
+        let overtaken = frames
+            .windows(2)
+            .filter(|pair| pair[0].0 > pair[1].0)
+            .count();
+        ensure!(
+            overtaken == 0 || self.jitter_ms > 0.0,
+            "{overtaken} copies were overtaken"
+        );
+        frames.sort_by_key(|(number, frame)| (*number, frame.at_ns));
+        let bytes: Vec<Vec<u8>> = frames
+            .iter()
+            .map(|(_, frame)| frame.bytes.clone())
+            .collect();
+        corrupt::check(asked, &bytes, &expected, (from, to))?;
+
+        let began = sent.first().map_or(0, |[before, _]| *before);
+        let since = |at_ns: i64| milliseconds(at_ns - began);
+        let arrived = frames
+            .iter()
+            .map(|(number, frame)| {
+                let at_ns = frame.at_ns.context("a frame came without its time")?;
+                Ok((*number, since(at_ns)))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let due = |stages| {
+            // Each was decided while it was sent, and a later one never makes another earlier.
+            [0, 1].map(|end| {
+                let at: Vec<f64> = sent.iter().map(|times| since(times[end])).collect();
+                self.leave(stages, &at, &stream)
+            })
+        };
+        let (soonest, late) = compare(&arrived, &due(Stages::AsDocumented))?;
+        let least = self.delay_ms - self.jitter_ms + self.line_ms();
+        ensure!(
+            arrived.iter().all(|(_, at)| *at >= least - CLOCKS_MS),
+            "a packet came sooner than after {least} ms: {arrived:?}"
+        );
+        for wrong in [
+            Stages::LossBehindTheLine,
+            Stages::CopiesBesideTheLine,
+            Stages::DelayBeforeTheLine,
+        ] {
+            let passes = compare(&arrived, &due(wrong)).is_ok();
+            let same = wrong == Stages::DelayBeforeTheLine && self.jitter_ms == 0.0;
+            ensure!(passes == same, "{wrong:?} passes for what is documented");
+        }
+        self.must_count(injector, &stream, &expected)?;
+        report(format!(
+            "egress {}, IPv6 {}, jitter {} ms: {} arrived, bit by bit as drawn, {soonest:.3} ms at the soonest and \
+             {late:.3} ms in the median after they were due; {overtaken} times a copy was overtaken",
+            asked.egress,
+            asked.v6,
+            self.jitter_ms,
+            arrived.len()
+        ));
+        injector.heal("noise")
+    }
+
+    /// The frames with their numbers, which the payloads tell once the drawn bits are turned back.
+    fn numbered(
+        &self,
+        frames: &[Frame],
+        expected: &[(u32, BTreeSet<usize>)],
+    ) -> Result<Vec<(u32, Frame)>> {
+        let headers = self.asked.datagram().headers();
+        let payloads: BTreeMap<Vec<u8>, u32> = expected
+            .iter()
+            .map(|(number, flips)| {
+                let mut packet = vec![0; headers];
+                packet.extend(content(*number));
+                for position in flips {
+                    turn(&mut packet, *position);
+                }
+                (packet.split_off(headers), *number)
+            })
+            .collect();
+        frames
+            .iter()
+            .map(|frame| {
+                let payload = &frame.bytes[corrupt::LINK + headers..];
+                let number = payloads
+                    .get(payload)
+                    .with_context(|| format!("other bits were turned over: {payload:x?}"))?;
+                Ok((*number, frame.clone()))
+            })
+            .collect()
+    }
+
+    fn must_count(
+        &self,
+        injector: &Lent,
+        stream: &Stream,
+        expected: &[(u32, BTreeSet<usize>)],
+    ) -> Result<()> {
+        let asked = &self.asked;
+        let survivors: BTreeSet<u32> = expected.iter().map(|(number, _)| *number).collect();
+        let corrupted: BTreeSet<u32> = expected
+            .iter()
+            .filter(|(_, flips)| !flips.is_empty())
+            .map(|(number, _)| *number)
+            .collect();
+        let copies = (1..=corrupt::COUNT.into())
+            .filter(|n| stream.duplicates(*n, asked.duplicate))
+            .count();
+        // Of these the bits of the copies tell when they were made.
+        let alike = expected
+            .windows(2)
+            .filter(|pair| pair[0] == pair[1] && !pair[0].1.is_empty())
+            .count();
+        ensure!(alike > 0, "no corrupted packet has a copy");
+        let stats = injector.stats()?;
+        let rule = stats.rule("noise")?;
+        let count = |of: fn(&RuleCounters) -> u64| total(rule, of);
+        let packets = u64::from(corrupt::COUNT);
+        // A line is busy with each for as long as it takes, rounded down to a nanosecond.
+        let busy = Duration::from_nanos(count(|one| one.busy_ns)).as_secs_f64() * 1e3;
+        let on_the_line = f64::from(u32::try_from(expected.len())?) * self.line_ms();
+        ensure!(
+            count(|one| one.matched_packets) == packets
+                && count(|one| one.lost_packets) == packets - survivors.len() as u64
+                && count(|one| one.copies) == copies as u64
+                && count(|one| one.corrupted_packets) == corrupted.len() as u64
+                && count(|one| one.queued_packets) == expected.len() as u64
+                && count(|one| one.overflow_packets) == 0
+                && (busy - on_the_line).abs() < 0.01,
+            "{} on the line for {on_the_line} ms, {} of them survivors: {rule:?}",
+            expected.len(),
+            survivors.len()
+        );
+        stats.lanes_lost_nothing()
+    }
+}
+
+/// By how much the clocks of departure and arrival may differ over a second or two.
+const CLOCKS_MS: f64 = 0.5;
+/// Later than due by at most so much in the median.
+const LATE_MS: f64 = 25.0;
+
+/// Compares arrivals with when they were due at the soonest and at the latest: by how much the soonest and the median
+/// one was after that.
+fn compare(arrived: &[(u32, f64)], due: &[Vec<(u32, f64)>; 2]) -> Result<(f64, f64)> {
+    let after = due.each_ref().map(|due| {
+        arrived
+            .iter()
+            .zip(due)
+            .map(|((_, at), (_, due))| at - due)
+            .collect::<Vec<f64>>()
+    });
+    let soonest = after[0].iter().copied().fold(f64::MAX, f64::min);
+    let late = median(&after[1]);
+    ensure!(
+        arrived.len() == due[0].len() && soonest >= -CLOCKS_MS && late < LATE_MS,
+        "of {} due {} arrived, {soonest} ms at the soonest and {late} ms in the median after their times",
+        due[0].len(),
+        arrived.len()
+    );
+    Ok((soonest, late))
 }

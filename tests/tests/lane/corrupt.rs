@@ -20,7 +20,7 @@ use tests::{
         lent::Lent,
         packet_socket::{Capture, on_one_cpu},
         tcp,
-        timed::Timed,
+        timed::{Timed, now_ns},
         topology::{Lab, Node},
         transcript::report,
         trial::{Need, trial},
@@ -59,20 +59,20 @@ pub(crate) fn tests() -> Vec<Trial> {
     ]
 }
 
-const SEED: u64 = 7;
-const WITHIN: Duration = Duration::from_secs(20);
-const QUIET: Duration = Duration::from_millis(100);
+pub(crate) const SEED: u64 = 7;
+pub(crate) const WITHIN: Duration = Duration::from_secs(20);
+pub(crate) const QUIET: Duration = Duration::from_millis(100);
 /// Ethernet header.
-const LINK: usize = 14;
+pub(crate) const LINK: usize = 14;
 
 /// Datagrams sent one by one, and in super-packets.
 const SINGLES: u32 = 80;
 const GROUP: u32 = 40;
-const COUNT: u32 = SINGLES + 2 * GROUP;
+pub(crate) const COUNT: u32 = SINGLES + 2 * GROUP;
 const SIZE: usize = 700;
 
 /// What is sent as number `number`.
-fn content(number: u32) -> Vec<u8> {
+pub(crate) fn content(number: u32) -> Vec<u8> {
     let mut bytes = number.to_be_bytes().to_vec();
     bytes.extend((0_u32..).take(SIZE - 4).map(|at| {
         let [.., byte] = (number * 31 + at * 7).to_be_bytes();
@@ -81,39 +81,47 @@ fn content(number: u32) -> Vec<u8> {
     bytes
 }
 
-/// Sends all datagrams from a socket that is not connected: errors that come back are not its business.
-fn send(sender: &UdpSocket, target: SocketAddr) -> Result<()> {
+/// Sends all datagrams from a socket that is not connected: errors that come back are not its business. Between which
+/// two times of day each was sent, in nanoseconds, in the order of their numbers.
+pub(crate) fn send(sender: &UdpSocket, target: SocketAddr) -> Result<Vec<[i64; 2]>> {
     on_one_cpu(|| {
+        let mut sent = Vec::new();
         for number in 1..=SINGLES {
+            let before = now_ns()?;
             sender
                 .send_to(&content(number), target)
                 .with_context(|| format!("sending datagram {number}"))?;
+            sent.push([before, now_ns()?]);
         }
         setsockopt(sender, UdpGsoSegment, &i32::try_from(SIZE)?).context("UDP_SEGMENT")?;
         let numbers: Vec<u32> = (SINGLES + 1..=COUNT).collect();
         for group in numbers.chunks(usize::try_from(GROUP)?) {
             let bytes: Vec<u8> = group.iter().flat_map(|&number| content(number)).collect();
+            let before = now_ns()?;
             sender
                 .send_to(&bytes, target)
                 .context("sending a super-packet")?;
+            let after = now_ns()?;
+            sent.extend(group.iter().map(|_| [before, after]));
         }
-        setsockopt(sender, UdpGsoSegment, &0).context("UDP_SEGMENT")
+        setsockopt(sender, UdpGsoSegment, &0).context("UDP_SEGMENT")?;
+        Ok(sent)
     })
 }
 
 /// What is asked of a rule, as words and as what the model has to know of it.
-struct Asked {
-    words: &'static str,
-    egress: bool,
-    v6: bool,
-    corrupt: f64,
-    bits: usize,
-    choice: Choice,
-    loss: f64,
-    duplicate: f64,
+pub(crate) struct Asked {
+    pub(crate) words: &'static str,
+    pub(crate) egress: bool,
+    pub(crate) v6: bool,
+    pub(crate) corrupt: f64,
+    pub(crate) bits: usize,
+    pub(crate) choice: Choice,
+    pub(crate) loss: f64,
+    pub(crate) duplicate: f64,
 }
 
-const ANY: Choice = Choice {
+pub(crate) const ANY: Choice = Choice {
     header: true,
     payload: true,
     repairable: false,
@@ -215,7 +223,7 @@ const CASES: [Asked; 7] = [
 
 impl Asked {
     /// What is to arrive, in order: numbers, each with the bits that are turned over.
-    fn expected(&self, stream: &Stream) -> Vec<(u32, BTreeSet<usize>)> {
+    pub(crate) fn expected(&self, stream: &Stream) -> Vec<(u32, BTreeSet<usize>)> {
         let bits = self.datagram().bits(self.choice);
         let mut expected = Vec::new();
         for number in 1..=COUNT {
@@ -236,7 +244,7 @@ impl Asked {
         expected
     }
 
-    fn datagram(&self) -> Datagram {
+    pub(crate) fn datagram(&self) -> Datagram {
         Datagram {
             v6: self.v6,
             payload: SIZE,
@@ -245,12 +253,12 @@ impl Asked {
 }
 
 /// A counter of both directions.
-fn total(rule: &RuleStats, of: impl Fn(&RuleCounters) -> u64) -> u64 {
+pub(crate) fn total(rule: &RuleStats, of: impl Fn(&RuleCounters) -> u64) -> u64 {
     of(&rule.egress) + of(&rule.ingress)
 }
 
 /// Adds a rule for one direction of UDP at `a`; returns who sends and who receives.
-fn corrupt_udp<'a>(
+pub(crate) fn corrupt_udp<'a>(
     injector: &Injector,
     lab: &'a Lab,
     egress: bool,
@@ -315,7 +323,7 @@ fn exactly_the_drawn_bits_are_turned_over() -> Result<()> {
 }
 
 /// Compares what arrived with what was sent and drawn.
-fn check(
+pub(crate) fn check(
     asked: &Asked,
     frames: &[Vec<u8>],
     expected: &[(u32, BTreeSet<usize>)],
