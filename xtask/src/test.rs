@@ -471,7 +471,7 @@ fn in_machine(
         return Ok((outcome, Vec::new()));
     }
     let timed = |test: &String| {
-        guest.executable.name == SCENARIOS || TIMED.iter().any(|module| test.starts_with(module))
+        guest.executable.name == SCENARIOS || TIMED.iter().any(|tests| test.starts_with(tests))
     };
     Ok((outcome, failed.into_iter().filter(timed).collect()))
 }
@@ -480,10 +480,11 @@ fn in_machine(
 /// when no other machine runs, and that is reported. If more fail it is no accident.
 const SECOND_ATTEMPTS: usize = 3;
 
-/// Modules of tests of time, in the program of what needs lanes. Scenarios are, too, as a whole: databases give up on
+/// Tests of time, in the program of what needs lanes. Scenarios are, too, as a whole: databases give up on
 /// each other after a second.
-const TIMED: [&str; 7] = [
+const TIMED: [&str; 8] = [
     "accuracy::",
+    "compose::five_on_a_line",
     "delay::",
     "order::",
     "queue::",

@@ -412,15 +412,12 @@ impl Five {
             .filter(|number| seen.insert(*number))
             .collect();
         ensure!(originals.is_sorted(), "order was not kept: {originals:?}");
-        // A drawn delay lets later packets leave as soon as one, and so before its copy, which is on the line longer.
+        // A copy has a turn of its own on the line, and is not kept behind it: later packets that are drawn a shorter
+        // delay, or that a late kernel sends with it, may overtake it.
         let overtaken = frames
             .windows(2)
             .filter(|pair| pair[0].0 > pair[1].0)
             .count();
-        ensure!(
-            overtaken == 0 || self.jitter_ms > 0.0,
-            "{overtaken} copies were overtaken"
-        );
         frames.sort_by_key(|(number, frame)| (*number, frame.at_ns));
         let bytes: Vec<Vec<u8>> = frames
             .iter()
@@ -548,7 +545,8 @@ impl Five {
 
 /// By how much the clocks of departure and arrival may differ over a second or two.
 const CLOCKS_MS: f64 = 0.5;
-/// Later than due by at most so much in the median.
+/// Later than the soonest by at most so much in the median: a machine that stalls before it decides the first packet
+/// shifts all of them.
 const LATE_MS: f64 = 25.0;
 
 /// Compares arrivals with when they were due at the soonest and at the latest: by how much the soonest and the median
@@ -564,7 +562,7 @@ fn compare(arrived: &[(u32, f64)], due: &[Vec<(u32, f64)>; 2]) -> Result<(f64, f
     let soonest = after[0].iter().copied().fold(f64::MAX, f64::min);
     let late = median(&after[1]);
     ensure!(
-        arrived.len() == due[0].len() && soonest >= -CLOCKS_MS && late < LATE_MS,
+        arrived.len() == due[0].len() && soonest >= -CLOCKS_MS && late - soonest < LATE_MS,
         "of {} due {} arrived, {soonest} ms at the soonest and {late} ms in the median after their times",
         due[0].len(),
         arrived.len()
