@@ -690,12 +690,13 @@ impl<P: Plane, H: Host> State<P, H> {
             .with_hint("shorten the protect list (`injector protect`), or use wider prefixes"));
         }
         self.hold_for_ending(without);
-        let needed = self.needed_lanes(
-            self.rules
-                .iter()
-                .filter(|record| record.is_active() && !without.contains(&record.activation))
-                .chain(with),
-        );
+        let in_force: Vec<&Record> = self
+            .rules
+            .iter()
+            .filter(|record| record.is_active() && !without.contains(&record.activation))
+            .chain(with)
+            .collect();
+        let needed = self.needed_lanes(in_force.iter().copied());
         let held = self
             .targets
             .iter()
@@ -703,12 +704,8 @@ impl<P: Plane, H: Host> State<P, H> {
         let mut targets: BTreeMap<TargetKey, TargetConfig> = held
             .map(|(key, target)| (*key, target.config(self.lane_of(key, &needed))))
             .collect();
-        let staying = self
-            .rules
+        let rules: Vec<ActiveRule> = in_force
             .iter()
-            .filter(|record| record.is_active() && !without.contains(&record.activation));
-        let rules: Vec<ActiveRule> = staying
-            .chain(with)
             .map(|record| ActiveRule {
                 slot: record.slot,
                 activation: record.activation,
@@ -726,20 +723,9 @@ impl<P: Plane, H: Host> State<P, H> {
                 rule: Arc::clone(&record.rule),
             })
             .collect();
-        let holds = self.holds(
-            self.rules
-                .iter()
-                .filter(|record| record.is_active() && !without.contains(&record.activation))
-                .chain(with),
-        );
+        let holds = self.holds(in_force.iter().copied());
         if !with.is_empty() {
-            let together: Vec<&Record> = self
-                .rules
-                .iter()
-                .filter(|record| record.is_active() && !without.contains(&record.activation))
-                .chain(with)
-                .collect();
-            self.must_be_within_horizon(&together)?;
+            self.must_be_within_horizon(&in_force)?;
         }
         let widened = self.widen_lanes(&holds);
         match widened {

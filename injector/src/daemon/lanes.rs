@@ -78,7 +78,8 @@ fn greater(a: FqLimits, b: FqLimits) -> FqLimits {
 pub(super) enum Need {
     /// They do not.
     None,
-    /// Super-packets do, if there is one: without it a hit inside one, by position, length or TCP flags, takes all of it.
+    /// Super-packets do, if there is one: without it a hit inside one, by position, length or TCP flags, takes all of
+    /// it.
     Better,
     /// They all do.
     Must,
@@ -88,10 +89,10 @@ pub(super) enum Need {
 pub(super) fn need(rule: &Rule) -> Need {
     if rule.shaping.needs_lane() {
         Need::Must
-    } else if rule.shaping.is_empty() && !rule.tells_packets_apart() {
-        Need::None
-    } else {
+    } else if rule.tells_packets_apart() {
         Need::Better
+    } else {
+        Need::None
     }
 }
 
@@ -340,11 +341,6 @@ impl<P: Plane, H: Host> State<P, H> {
             return None;
         }
         self.lanes.get(&key.netns).map(|record| record.devices)
-    }
-
-    /// Whether a target's namespace has a lane.
-    pub(super) fn has_lane(&self, key: &TargetKey) -> bool {
-        self.lanes.contains_key(&key.netns)
     }
 
     /// Remembers until when lanes may hold packets of rules that end.

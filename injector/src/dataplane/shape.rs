@@ -21,7 +21,7 @@ pub(super) fn needs(rule: &Rule) -> u32 {
     if rule.shaping.needs_lane() {
         bits |= needs::LANE;
     }
-    if rule.shaping.tells_packets_apart() || rule.tells_packets_apart() {
+    if rule.tells_packets_apart() {
         bits |= needs::WIRE;
     }
     if rule.shaping.corrupt.is_some() {

@@ -42,15 +42,16 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Whether the wire packets of a super-packet may differ in whether the rule is for them, or takes them by position.
-    /// (What is rejected is answered once, at the hook.)
+    /// Whether the wire packets of a super-packet may differ in whether the rule is for them, or in their fates. (What
+    /// is rejected is answered once, at the hook.)
     #[must_use]
     pub fn tells_packets_apart(&self) -> bool {
-        match self.fault {
+        let by_fault = match self.fault {
             Fault::Reject(_) => false,
             Fault::Cut | Fault::None => self.selector.tells_packets_apart(),
             _ => true,
-        }
+        };
+        by_fault || self.shaping.tells_packets_apart()
     }
 }
 

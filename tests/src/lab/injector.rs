@@ -127,6 +127,11 @@ pub struct RuleStats {
 }
 
 impl RuleStats {
+    /// A counter of both directions.
+    pub fn both(&self, of: impl Fn(&RuleCounters) -> u64) -> u64 {
+        of(&self.egress) + of(&self.ingress)
+    }
+
     /// What became of one of its faults.
     pub fn realised(&self, fault: &str) -> Result<&Realised> {
         self.realised
@@ -521,6 +526,18 @@ impl Injector {
         let value = self.json(&["stats"])?;
         serde_json::from_value(value.clone())
             .with_context(|| format!("stats are not as documented: {value}"))
+    }
+
+    /// What events say of flushes of a rule of this name that are over.
+    pub fn flushed(&self, rule: &str) -> Result<Vec<String>> {
+        let events = self.json(&["events"])?;
+        Ok(events["events"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|event| event["kind"] == "flushed" && event["rule"] == rule)
+            .filter_map(|event| event["message"].as_str().map(str::to_owned))
+            .collect())
     }
 
     /// `heal --all`.

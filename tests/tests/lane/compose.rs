@@ -12,7 +12,6 @@ use libtest_mimic::Trial;
 use tests::{
     lab::{
         frame::{ETH_IPV4, ETH_IPV6},
-        injector::RuleCounters,
         lent::Lent,
         packet_socket::{Capture, Frame},
         timed::{Timed, delays, median, milliseconds},
@@ -27,7 +26,7 @@ use tests::{
     },
 };
 
-use crate::corrupt::{self, Asked, content, corrupt_udp, total};
+use crate::corrupt::{self, Asked, content, corrupt_udp};
 
 pub(crate) fn tests() -> Vec<Trial> {
     const NEEDS: &[Need] = &[Need::Root, Need::Injector];
@@ -244,14 +243,13 @@ fn must_compose(rules: &[Rule], way: Way) -> Result<()> {
         let count = |drawn: &dyn Fn(u64) -> bool| {
             (1..=u64::from(COUNT)).filter(|n| drawn(*n)).count() as u64
         };
-        let both = |of: fn(&RuleCounters) -> u64| of(&found.egress) + of(&found.ingress);
         // Every rule counts and decides for itself, whatever the others do; but what is lost is not held back.
         ensure!(
-            both(|one| one.matched_packets) == u64::from(COUNT)
-                && both(|one| one.lost_packets) == count(&|n| stream.loses(n, rule.loss))
-                && both(|one| one.copies)
+            found.both(|one| one.matched_packets) == u64::from(COUNT)
+                && found.both(|one| one.lost_packets) == count(&|n| stream.loses(n, rule.loss))
+                && found.both(|one| one.copies)
                     == count(&|n| stream.duplicates(n, rule.duplicate)) * rule.copies as u64
-                && both(|one| one.reordered_packets)
+                && found.both(|one| one.reordered_packets)
                     <= count(&|n| stream.holds_back(n, rule.reorder)),
             "{found:?}"
         );
@@ -522,18 +520,17 @@ impl Five {
         ensure!(alike > 0, "no corrupted packet has a copy");
         let stats = injector.stats()?;
         let rule = stats.rule("noise")?;
-        let count = |of: fn(&RuleCounters) -> u64| total(rule, of);
         let packets = u64::from(corrupt::COUNT);
         // A line is busy with each for as long as it takes, rounded down to a nanosecond.
-        let busy = Duration::from_nanos(count(|one| one.busy_ns)).as_secs_f64() * 1e3;
+        let busy = Duration::from_nanos(rule.both(|one| one.busy_ns)).as_secs_f64() * 1e3;
         let on_the_line = f64::from(u32::try_from(expected.len())?) * self.line_ms();
         ensure!(
-            count(|one| one.matched_packets) == packets
-                && count(|one| one.lost_packets) == packets - survivors.len() as u64
-                && count(|one| one.copies) == copies as u64
-                && count(|one| one.corrupted_packets) == corrupted.len() as u64
-                && count(|one| one.queued_packets) == expected.len() as u64
-                && count(|one| one.overflow_packets) == 0
+            rule.both(|one| one.matched_packets) == packets
+                && rule.both(|one| one.lost_packets) == packets - survivors.len() as u64
+                && rule.both(|one| one.copies) == copies as u64
+                && rule.both(|one| one.corrupted_packets) == corrupted.len() as u64
+                && rule.both(|one| one.queued_packets) == expected.len() as u64
+                && rule.both(|one| one.overflow_packets) == 0
                 && (busy - on_the_line).abs() < 0.01,
             "{} on the line for {on_the_line} ms, {} of them survivors: {rule:?}",
             expected.len(),

@@ -16,7 +16,7 @@ use tests::{
     lab::{
         counters::Nstat,
         frame::{ETH_IPV4, ETH_IPV6},
-        injector::{Injector, RuleCounters, RuleStats},
+        injector::Injector,
         lent::Lent,
         packet_socket::{Capture, on_one_cpu},
         tcp,
@@ -252,11 +252,6 @@ impl Asked {
     }
 }
 
-/// A counter of both directions.
-pub(crate) fn total(rule: &RuleStats, of: impl Fn(&RuleCounters) -> u64) -> u64 {
-    of(&rule.egress) + of(&rule.ingress)
-}
-
 /// Adds a rule for one direction of UDP at `a`; returns who sends and who receives.
 pub(crate) fn corrupt_udp<'a>(
     injector: &Injector,
@@ -301,7 +296,7 @@ fn exactly_the_drawn_bits_are_turned_over() -> Result<()> {
             .with_context(|| format!("{} {source} to {target}", asked.words))?;
         let stats = injector.stats()?;
         let rule = stats.rule("noise")?;
-        let counted = total(rule, |one| one.corrupted_packets);
+        let counted = rule.both(|one| one.corrupted_packets);
         let changed: BTreeSet<u32> = expected
             .iter()
             .filter(|(_, flips)| !flips.is_empty())
@@ -309,7 +304,7 @@ fn exactly_the_drawn_bits_are_turned_over() -> Result<()> {
             .collect();
         ensure!(counted == u64::try_from(changed.len())?, "{rule:?}");
         ensure!(
-            total(rule, |one| one.matched_packets) == u64::from(COUNT),
+            rule.both(|one| one.matched_packets) == u64::from(COUNT),
             "{rule:?}"
         );
         stats.lanes_lost_nothing()?;
@@ -450,7 +445,7 @@ fn broken_datagrams_are_dropped_and_counted() -> Result<()> {
         let errors = Nstat::read(&to.ns)?.since(&before, name)?;
         let stats = injector.stats()?;
         let rule = stats.rule("noise")?;
-        let counted = total(rule, |one| one.corrupted_packets);
+        let counted = rule.both(|one| one.corrupted_packets);
         let expected = u64::try_from(drawn.len())?;
         ensure!(
             errors == expected && counted == expected,
@@ -527,7 +522,7 @@ fn through_noise(
         .collect::<Result<Vec<u64>>>()?;
     let stats = injector.stats()?;
     let rule = stats.rule("noise")?;
-    let corrupted = total(rule, |one| one.corrupted_packets);
+    let corrupted = rule.both(|one| one.corrupted_packets);
     stats.lanes_lost_nothing()?;
     injector.json(&["heal", "noise"])?;
     Ok((arrived, grown, corrupted))

@@ -172,14 +172,7 @@ fn a_flush_drops_what_its_rule_holds_and_nothing_else() -> Result<()> {
         wait_until("the flush is over", deadline, || {
             Ok(injector.stats()?.flushes.is_empty())
         })?;
-        let events = injector.json(&["events"])?;
-        let told: Vec<&str> = events["events"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter(|event| event["kind"] == "flushed" && event["rule"] == "slow")
-            .filter_map(|event| event["message"].as_str())
-            .collect();
+        let told = injector.flushed("slow")?;
         ensure!(
             told.len() == if egress { 1 } else { 2 }
                 && told.iter().all(|message| message.contains(": 60 packets")),

@@ -176,18 +176,14 @@ fn healed_in_the_middle() -> Result<()> {
             })?;
             injector.stats()?.lanes_lost_nothing()?;
         }
-        let events = injector.json(&["events"])?;
-        let told = events["events"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter(|event| event["kind"] == "flushed" && event["rule"] == "pause")
-            .filter_map(|event| event["message"].as_str())
-            .filter(|message| message.contains(&format!(": {HELD} packets")))
-            .count();
+        let told = injector.flushed("pause")?;
+        let dropped = format!(": {HELD} packets");
         ensure!(
-            told == if direction == "--to" { 1 } else { 2 },
-            "{direction}: {events}"
+            told.iter()
+                .filter(|message| message.contains(&dropped))
+                .count()
+                == if direction == "--to" { 1 } else { 2 },
+            "{direction}: {told:?}"
         );
     }
     Ok(())

@@ -13,7 +13,6 @@ use serde_json::Value;
 use tests::{
     lab::{
         bursts::{self, describe, fit, gilbert_elliott_interval, lengths},
-        injector::RuleCounters,
         lent::Lent,
         load::Transfer,
         netem::Netem,
@@ -408,20 +407,19 @@ fn a_length_tells_the_packets_of_a_super_packet_apart() -> Result<()> {
             let (ninth, last) = (since(LAST as usize - 2), since(arrived.len() - 1));
             let stats = injector.stats()?;
             let rule = stats.rule("short")?;
-            let both = |of: fn(&RuleCounters) -> u64| of(&rule.egress) + of(&rule.ingress);
             report(format!(
                 "{what}: the long ones within {ninth:.1} ms, all within {last:.1} ms"
             ));
             ensure!(ninth < 300.0, "{what}: long ones waited: {ninth} ms");
             let (held, cut) = match fault {
                 "--cut" => (0, 1),
-                "--stall 5s" => (both(|one| one.stalled_packets), 0),
-                _ => (both(|one| one.delayed_packets), 0),
+                "--stall 5s" => (rule.both(|one| one.stalled_packets), 0),
+                _ => (rule.both(|one| one.delayed_packets), 0),
             };
             ensure!(
-                both(|one| one.matched_packets) == 1
-                    && both(|one| one.excess_packets) == 0
-                    && both(|one| one.cut_packets) == cut
+                rule.both(|one| one.matched_packets) == 1
+                    && rule.both(|one| one.excess_packets) == 0
+                    && rule.both(|one| one.cut_packets) == cut
                     && held + cut == 1
                     && (cut == 1 || last > 600.0),
                 "{what}: the last after {last} ms, {rule:?}"
