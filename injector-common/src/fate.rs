@@ -142,7 +142,8 @@ pub fn share_draw(rule: &RuleEntry, flow: &FlowKey, ordinal: u64) -> u64 {
             | u64::from(flow.high_port) << 16
             | u64::from(flow.protocol) << 32
             | u64::from(flow.kind) << 40,
-        SHARE_DOMAIN ^ (ordinal << 40),
+        // Above the domain first, and never the same for two of them.
+        SHARE_DOMAIN ^ ordinal.rotate_left(40),
     ];
     hash_words(Key(rule.key0, rule.key1), &words) >> 32
 }

@@ -48,8 +48,8 @@ pub struct Entry {
     pub index: u64,
     /// Whether it went through the segmenter, so that its checksums are complete.
     pub complete: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Packets that have reached the line: what does not was lost on the way there.
+    pub arrived: u32,
 }
 
 /// A sender's wish for a later departure counts up to so far ahead, nanoseconds: as far as fq honours it with its

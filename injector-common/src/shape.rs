@@ -43,7 +43,8 @@ pub fn stream(rule: &RuleEntry, flow: &FlowKey, direction: u32, ordinal: u64) ->
             | u64::from(flow.protocol) << 32
             | u64::from(flow.kind) << 40
             | u64::from(direction) << 48,
-        DOMAIN ^ (ordinal << 48),
+        // Above the domain first, and never the same for two of them.
+        DOMAIN ^ ordinal.rotate_left(48),
     ];
     hash_words(Key(rule.key0, rule.key1), &words) | 1
 }
@@ -253,4 +254,26 @@ pub const fn stalled_until(shape: &Shape, activated_ns: u64, leaves_ns: u64) -> 
 #[must_use]
 pub const fn has_table(shape: &Shape) -> bool {
     shape.distribution != distribution::UNIFORM
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn flows_that_go_by_ordinals_have_streams_of_their_own() {
+        let rule = RuleEntry::default();
+        let flow = FlowKey::default();
+        let ordinals: Vec<u64> = (0..20)
+            .flat_map(|bit| [1 << bit, (1 << bit) + 1, 0x1_0000 << bit])
+            .collect();
+        let different: HashSet<u64> = ordinals.iter().copied().collect();
+        let streams: HashSet<u64> = ordinals
+            .iter()
+            .map(|ordinal| stream(&rule, &flow, 0, *ordinal))
+            .collect();
+        assert_eq!(streams.len(), different.len());
+    }
 }

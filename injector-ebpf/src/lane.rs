@@ -18,7 +18,7 @@
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_STOLEN, TC_ACT_UNSPEC},
     helpers::{
-        bpf_clone_redirect, bpf_redirect, bpf_set_hash, bpf_set_hash_invalid, bpf_skb_ecn_set_ce,
+        bpf_check_mtu, bpf_clone_redirect, bpf_redirect, bpf_set_hash, bpf_set_hash_invalid, bpf_skb_ecn_set_ce,
         bpf_skb_pull_data, bpf_skb_vlan_pop,
     },
     programs::TcContext,
@@ -31,6 +31,8 @@ use injector_common::{
         needs,
     },
     line::{Entry, LineOutcome, SENT, count_marked, line as decide_line},
+    packet::{Parsed, parse},
+    segments::Segments,
 };
 
 use crate::{
@@ -57,6 +59,9 @@ const LONGEST: u32 = 0xffff;
 
 /// Bytes of a VLAN tag.
 const VLAN_LENGTH: u32 = 4;
+
+/// Bytes of an Ethernet header.
+const ETHERNET: u32 = 14;
 
 /// VLAN identifier in a tag.
 const VLAN_MASK: u32 = 0xfff;
@@ -127,7 +132,7 @@ pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
     // segments.
     let outer = unsafe { *entry };
     // SAFETY: as above.
-    let (packets, device) = unsafe {
+    let (packets, cut_up, device) = unsafe {
         let work = &*work;
         let packets = u64::from(work.segments.count);
         *entry = Entry {
@@ -147,16 +152,17 @@ pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
         } else {
             (*target).line
         };
-        (packets, device)
+        (packets, cut_up, device)
     };
     // SAFETY: as above; a TC program may write `tc_index`.
-    let result = unsafe {
+    let (result, arrived) = unsafe {
         let before = (*skb).tc_index;
         (*skb).tc_index = u32::from(lane_mark::of(slot, direction));
         let result = bpf_clone_redirect(skb, device, 0);
         (*skb).tc_index = before;
+        let arrived = u64::from((*entry).arrived);
         *entry = outer;
-        result
+        (result, arrived)
     };
     // SAFETY: as above.
     let counters = unsafe { &mut *counters };
@@ -166,6 +172,16 @@ pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
         return TC_ACT_UNSPEC;
     }
     counters.lane_packets += packets;
+    // The segmenter's carrier sends on by a redirect, which says nothing where it fails: at a depth of more than eight
+    // devices that have no queue (`__bpf_tx_skb`, net/core/filter.c), or because the line has gone. Where the kernel
+    // has not counted the segments, their number here need not be that of its cutting.
+    // SAFETY: the context is the program's own.
+    let exact = cut_up && (packets == 1 || u64::from(unsafe { (*skb).gso_segs }) == packets);
+    if arrived == 0 {
+        tables::count_lost(lost::ENTRY, packets);
+    } else if exact && arrived < packets {
+        tables::count_lost(lost::ENTRY, packets - arrived);
+    }
     TC_ACT_STOLEN
 }
 
@@ -195,7 +211,7 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
         )
     };
     if mark & lane_mark::SET == 0 || present == 0 {
-        tables::count_lost(lost::STRAY);
+        tables::count_lost(lost::STRAY, 1);
         return TC_ACT_STOLEN;
     }
     let from_segmenter = tag == u32::from(lane_vlan::SEGMENTER);
@@ -205,22 +221,25 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
     }
     let (slot, direction) = lane_mark::read(mark);
     let Some(target) = tables::target(u32::from(slot)) else {
-        tables::count_lost(lost::RETURN);
         return TC_ACT_STOLEN;
     };
     // SAFETY: the context is the program's own; the target is map memory.
     unsafe {
-        if bpf_skb_vlan_pop(skb) != 0 {
-            tables::count_lost(lost::RETURN);
-            return TC_ACT_STOLEN;
-        }
         if from_segmenter {
+            // What is lost here is counted where it entered.
+            if bpf_skb_vlan_pop(skb) != 0 {
+                return TC_ACT_STOLEN;
+            }
             (*skb).tc_index = u32::from(mark | lane_mark::COMPLETE);
             return bpf_redirect((*target).line, 0) as i32;
         }
+        if bpf_skb_vlan_pop(skb) != 0 || !is_there(skb, (*target).ifindex) {
+            tables::count_lost(lost::RETURN, wire_packets(ctx));
+            return TC_ACT_STOLEN;
+        }
         let held_by = u64::from((*skb).cb[3]) | u64::from((*skb).cb[4]) << 32;
         if let Some(flushed) = holders::flushing(&tables::Kernel, held_by) {
-            holders::count(&tables::Kernel, flushed, direction, wire_packets(skb));
+            holders::count(&tables::Kernel, flushed, direction, wire_packets(ctx));
             return TC_ACT_STOLEN;
         }
         // The line's queue says nothing of the target's: that goes by the flow (`skb_tx_hash`, net/core/dev.c).
@@ -239,6 +258,15 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
         };
         bpf_redirect((*target).ifindex, flags) as i32
     }
+}
+
+/// Whether the lane's namespace has an interface of this index. A redirect says nothing where there is none; of all
+/// helpers this one does (`bpf_skb_check_mtu`, net/core/filter.c, 5.12).
+#[inline(always)]
+unsafe fn is_there(skb: *mut __sk_buff, ifindex: u32) -> bool {
+    let mut mtu = 0_u32;
+    // SAFETY: the caller's skb; the kernel writes into `mtu`.
+    unsafe { bpf_check_mtu(skb.cast(), ifindex, &raw mut mtu, 0, 0) >= 0 }
 }
 
 /// At the line: the fate of one packet.
@@ -262,9 +290,10 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
         }
         let mark = (*skb).tc_index as u16;
         if mark & lane_mark::SET == 0 {
-            tables::count_lost(lost::STRAY);
+            tables::count_lost(lost::STRAY, 1);
             return TC_ACT_STOLEN;
         }
+        (*entry).arrived = (*entry).arrived.wrapping_add(1);
         note_holders(skb, 0);
         let (slot, direction) = lane_mark::read(mark);
         let meta = skb::marked(ctx, slot, direction);
@@ -344,7 +373,7 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
                 (*copy).valid = 1;
                 let device = (*ctx.skb.skb).ifindex;
                 if bpf_clone_redirect(ctx.skb.skb, device, 0) < 0 {
-                    tables::count_lost(lost::COPY);
+                    tables::count_lost(lost::COPY, 1);
                 }
                 (*copy).valid = 0;
             }
@@ -354,7 +383,7 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
                 if number as u32 > copies {
                     break;
                 }
-                tables::count_lost(lost::COPY);
+                tables::count_lost(lost::COPY, 1);
             }
         }
         if leaves_ns == 0 {
@@ -372,7 +401,7 @@ unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, index: u32, held_by: 
     let skb = ctx.skb.skb;
     // SAFETY: the context is the program's own; a TC program may write these fields.
     unsafe {
-        if !admit(skb) {
+        if !admit(ctx) {
             return TC_ACT_STOLEN;
         }
         bpf_set_hash(skb, hash);
@@ -425,12 +454,38 @@ unsafe fn note_holders(skb: *mut __sk_buff, held_by: u64) {
     }
 }
 
-/// How many wire packets an skb is, by what the kernel says.
+/// How many wire packets an skb is: where the kernel has not counted the segments of one (those of virtual machines
+/// come that way), by its headers.
 #[inline(always)]
-unsafe fn wire_packets(skb: *mut __sk_buff) -> u64 {
-    // SAFETY: the caller's skb; a TC program may read this field.
-    let segments = unsafe { (*skb).gso_segs };
+fn wire_packets(ctx: &TcContext) -> u64 {
+    // SAFETY: the context is the program's own; a TC program may read these fields.
+    let (size, segments) = unsafe { ((*ctx.skb.skb).gso_size, (*ctx.skb.skb).gso_segs) };
+    let segments = if size == 0 {
+        1
+    } else if segments != 0 {
+        segments
+    } else {
+        uncounted(ctx)
+    };
     u64::from(if segments > 1 { segments } else { 1 })
+}
+
+/// Segments that an skb will become; a function of its own, since only few packets need it.
+#[inline(never)]
+fn uncounted(ctx: &TcContext) -> u32 {
+    let meta = skb::meta(ctx, hook::EGRESS);
+    let mut parsed = Parsed::default();
+    if parse(
+        &mut skb::SkbPacket::new(ctx),
+        ETHERNET,
+        meta.protocol,
+        &mut parsed,
+    )
+    .is_err()
+    {
+        return 1;
+    }
+    Segments::of(&parsed, &meta).count
 }
 
 /// What a packet adds to its lane's load. A tag of its own counts, be it beside the packet or in it.
@@ -449,8 +504,9 @@ unsafe fn load(skb: *mut __sk_buff) -> u64 {
 
 /// Takes the packet into its lane's load; `false` if there is no room.
 #[inline(always)]
-unsafe fn admit(skb: *mut __sk_buff) -> bool {
-    // SAFETY: the caller's skb; map memory.
+fn admit(ctx: &TcContext) -> bool {
+    let skb = ctx.skb.skb;
+    // SAFETY: the context is the program's own; map memory.
     unsafe {
         let Some(lane) = tables::lane((*skb).tc_classid) else {
             return true;
@@ -464,7 +520,7 @@ unsafe fn admit(skb: *mut __sk_buff) -> bool {
             return true;
         }
         tables::Kernel.increment(held, adds.wrapping_neg());
-        tables::Kernel.increment(&raw mut (*lane).full_packets, wire_packets(skb));
+        tables::Kernel.increment(&raw mut (*lane).full_packets, wire_packets(ctx));
         false
     }
 }

@@ -186,10 +186,12 @@ pub(crate) mod lost {
     pub(crate) const STRAY: u32 = 0;
     /// A copy could not be sent.
     pub(crate) const COPY: u32 = 1;
-    /// A packet could not be brought back: its tag could not be taken off, or its target is unknown.
+    /// A packet could not be brought back: its tag could not be taken off, or its target has gone.
     pub(crate) const RETURN: u32 = 2;
+    /// A packet did not get from its target to the line.
+    pub(crate) const ENTRY: u32 = 3;
     /// How many there are.
-    pub(crate) const COUNT: u32 = 3;
+    pub(crate) const COUNT: u32 = 4;
 }
 
 /// What a packet brings into the lane.
@@ -212,10 +214,10 @@ pub(crate) fn lane(number: u32) -> Option<*mut LaneLoad> {
 
 /// Counts a packet that a lane lost.
 #[inline(always)]
-pub(crate) fn count_lost(which: u32) {
+pub(crate) fn count_lost(which: u32, packets: u64) {
     if let Some(count) = LANE_LOST.get_ptr_mut(which) {
         // SAFETY: per CPU.
-        unsafe { *count += 1 };
+        unsafe { *count += packets };
     }
 }
 

@@ -13,7 +13,7 @@
 //! is dropped and counted. They go as a whole when the carrier is deleted.
 
 use std::{
-    fs, io,
+    fmt, fs, io,
     os::fd::BorrowedFd,
     path::Path,
     sync::Arc,
@@ -26,12 +26,15 @@ use injector_common::layout::lane_vlan;
 use crate::{
     dataplane::LaneNumber,
     journal::{Change, Entry, EntryId, Journal, JournalError, boot_id},
-    netlink::{self, FqLimits, Hook, NetlinkError, NewFilter, QdiscStats},
+    netlink::{self, FqLimits, Hook, Link, NetlinkError, NewFilter, QdiscStats},
     netns::{Netns, NetnsError},
+    undo,
 };
 
 /// Name of the carrier.
 pub const CARRIER: &str = "inj-carrier";
+/// Its kind.
+const CARRIER_KIND: &str = "ifb";
 const SEGMENTER: &str = "inj-segmenter";
 const LINE: &str = "inj-line";
 
@@ -44,6 +47,15 @@ const MAX_QUEUES: u32 = 64;
 const COMING_UP: Duration = Duration::from_secs(5);
 /// How long the queue may take to empty when nothing is held any more.
 const EMPTYING: Duration = Duration::from_millis(500);
+
+/// Name of the carrier's filter.
+const CARRIER_FILTER: &str = "injector_carrier";
+/// Name of the line's filter.
+const LINE_FILTER: &str = "injector_line";
+/// Preference of either.
+const PRIORITY: u16 = 1;
+/// Handle of either.
+const HANDLE: u32 = 1;
 
 /// Why there is no lane.
 #[derive(Debug, thiserror::Error)]
@@ -132,6 +144,30 @@ pub struct LaneQueue {
     pub device_drops: u64,
 }
 
+/// What somebody else has done to a lane, so that packets are lost in it or pass it unfaulted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Damage {
+    /// Deleted, renamed or moved to another namespace.
+    Gone(&'static str),
+    /// Set down.
+    Down(&'static str),
+    /// Without our program.
+    FilterRemoved(&'static str),
+    /// With other qdiscs than the fq that we gave it.
+    QueueReplaced(&'static str),
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Gone(name) => write!(f, "its device {name} was deleted, renamed or moved"),
+            Self::Down(name) => write!(f, "its device {name} was set down"),
+            Self::FilterRemoved(name) => write!(f, "our filter on its device {name} was removed"),
+            Self::QueueReplaced(name) => write!(f, "the queue of its device {name} was replaced"),
+        }
+    }
+}
+
 /// A lane. Dropping it removes it as well as it can.
 #[derive(Debug)]
 pub struct Lane {
@@ -139,6 +175,10 @@ pub struct Lane {
     journal: Arc<Journal>,
     entry: Option<(EntryId, Entry)>,
     queues: u32,
+    /// Interface index of the carrier.
+    carrier: u32,
+    /// Program identifiers: the carrier's and the line's.
+    programs: [u32; 2],
     /// Interface index of the segmenter.
     pub segmenter: u32,
     /// Interface index of the line.
@@ -170,6 +210,8 @@ impl Lane {
             journal: Arc::clone(journal),
             entry: None,
             queues: queues(),
+            carrier: 0,
+            programs: [0; 2],
             segmenter: 0,
             line: 0,
         };
@@ -201,7 +243,7 @@ impl Lane {
         // (`vlan_newlink`, net/8021q/vlan_netlink.c). On a veth they do, and a packet of a loopback device
         // that comes back without is a martian; on an ifb they do not (`ifb_setup`, drivers/net/ifb.c, 6.1).
         netlink::create_ifb(CARRIER, mac, MTU).map_err(|source| {
-            lacking("ifb devices", "ifb", source).unwrap_or_else(|source| self.failed(source))
+            lacking("ifb devices", CARRIER_KIND, source).unwrap_or_else(|source| self.failed(source))
         })?;
         let carrier = self.index(CARRIER)?;
         // The segmenter has no queue, and a VLAN device no lock of its own: it needs no second one.
@@ -223,16 +265,16 @@ impl Lane {
             lacking("the fq qdisc", "sch_fq", source).unwrap_or_else(|source| self.failed(source))
         })?;
         for (index, program, name) in [
-            (carrier, config.carrier, "injector_carrier"),
-            (line, config.line, "injector_line"),
+            (carrier, config.carrier, CARRIER_FILTER),
+            (line, config.line, LINE_FILTER),
         ] {
             netlink::add_clsact(index)
                 .and_then(|_| {
                     let filter = NewFilter {
                         program,
                         name,
-                        priority: 1,
-                        handle: 1,
+                        priority: PRIORITY,
+                        handle: HANDLE,
                         classid: u32::from(config.number.0),
                     };
                     netlink::attach(index, Hook::Egress, &filter)
@@ -243,7 +285,12 @@ impl Lane {
             netlink::set_up(index).map_err(|source| self.failed(source))?;
         }
         self.await_carriers(&[segmenter, line])?;
-        (self.segmenter, self.line) = (segmenter, line);
+        let id = |program| netlink::program(program).map(|program| program.id);
+        self.programs = [
+            id(config.carrier).map_err(|source| self.failed(source))?,
+            id(config.line).map_err(|source| self.failed(source))?,
+        ];
+        (self.carrier, self.segmenter, self.line) = (carrier, segmenter, line);
         Ok(())
     }
 
@@ -307,6 +354,47 @@ impl Lane {
     #[must_use]
     pub fn netns(&self) -> &Netns {
         &self.netns
+    }
+
+    /// What somebody else has done to it, if anything. One whose namespace has gone is sound: nothing passes there.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn damage(&self) -> Result<Option<Damage>, LaneError> {
+        match self.netns.run(|| self.look()) {
+            Ok(found) => found.map_err(|source| self.failed(source)),
+            Err(error) if error.is_gone() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn look(&self) -> Result<Option<Damage>, NetlinkError> {
+        for (index, name) in [
+            (self.carrier, CARRIER),
+            (self.segmenter, SEGMENTER),
+            (self.line, LINE),
+        ] {
+            match netlink::link_by_index(index)? {
+                Some(link) if link.name == name => {
+                    if !link.up {
+                        return Ok(Some(Damage::Down(name)));
+                    }
+                }
+                _ => return Ok(Some(Damage::Gone(name))),
+            }
+        }
+        for (index, name, program) in [
+            (self.carrier, CARRIER, self.programs[0]),
+            (self.line, LINE, self.programs[1]),
+        ] {
+            if !netlink::filters(index, Hook::Egress)?
+                .iter()
+                .any(|filter| undo::is_ours(filter, PRIORITY, HANDLE, program))
+            {
+                return Ok(Some(Damage::FilterRemoved(name)));
+            }
+        }
+        Ok((!netlink::has_fq(self.line, self.queues)?).then_some(Damage::QueueReplaced(LINE)))
     }
 
     /// What it holds and has dropped.
@@ -401,15 +489,20 @@ fn queues() -> u32 {
         .clamp(1, MAX_QUEUES)
 }
 
-/// Deletes the carrier that an entry is about, and with it the lane; whether it was there.
+/// Deletes the carrier that an entry is about, and with it the lane; whether it was there. It is known by its kind and
+/// its address, which it has also if somebody has renamed it.
 pub(crate) fn delete(entry: &Entry) -> Result<bool, NetlinkError> {
-    match netlink::link_by_name(&entry.ifname)? {
-        Some(link) if netlink::hexadecimal(&link.mac) == entry.mac => {
-            netlink::delete_link(link.index)?;
-            Ok(true)
-        }
-        _ => Ok(false),
+    let ours = |link: &Link| {
+        link.kind.as_deref() == Some(CARRIER_KIND) && netlink::hexadecimal(&link.mac) == entry.mac
+    };
+    let carrier = match netlink::link_by_name(&entry.ifname)? {
+        Some(link) if ours(&link) => Some(link),
+        _ => netlink::links()?.into_iter().find(ours),
+    };
+    if let Some(link) = &carrier {
+        netlink::delete_link(link.index)?;
     }
+    Ok(carrier.is_some())
 }
 
 /// An error that says that the kernel lacks a kind of device or qdisc; else the error itself.

@@ -977,10 +977,17 @@ pub struct LaneStats {
     pub dropped_packets: u64,
     /// Packets that its devices dropped.
     pub device_drops: u64,
+    /// Packets that it held, and that neither left nor were dropped by any counter: somebody set a device of it down.
+    #[serde(default)]
+    pub missing_packets: u64,
     /// Packets that its targets' interfaces dropped as they arrived, since they became targets: those of a full
     /// backlog are among them, through which packets come back from the lane.
     #[serde(default)]
     pub backlog_drops: u64,
+    /// What somebody else has done to it: nothing is sent into it until it is made anew for the next rule that needs
+    /// it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// What lanes lost, or met on their devices and know nothing of, since the daemon started.
@@ -992,6 +999,9 @@ pub struct LaneLosses {
     pub copies: u64,
     /// Packets that could not be brought back.
     pub returns: u64,
+    /// Packets that were lost on the way to the line.
+    #[serde(default)]
+    pub entries: u64,
 }
 
 /// Result of `stats`.

@@ -18,7 +18,7 @@ const BACKPORTS: &str = "trixie-backports";
 
 /// Kernel modules that tests need where they are not built in, each behind what it depends on, with
 /// parameters. What a kernel does not have is left out.
-const MODULES: [(&str, &str); 22] = [
+const MODULES: [(&str, &str); 24] = [
     ("llc", ""),
     ("stp", ""),
     ("garp", ""),
@@ -40,6 +40,8 @@ const MODULES: [(&str, &str); 22] = [
     ("ifb", "numifbs=0"),
     ("dummy", "numdummies=0"),
     ("macvlan", ""),
+    ("tls", ""),
+    ("bonding", "max_bonds=0"),
     ("tun", ""),
     ("nfnetlink", ""),
 ];

@@ -385,6 +385,21 @@ fn lanes(stats: &StatsResult) -> String {
             bytes(lane.memory_bytes),
             bytes(lane.memory_capacity)
         );
+        if let Some(problem) = &lane.problem {
+            let _ = writeln!(
+                text,
+                "{} {problem}; faults that need it do not act there until a rule with such a fault is added",
+                toned(Tone::Bad, "WARNING:")
+            );
+        }
+        if lane.missing_packets > 0 {
+            let _ = writeln!(
+                text,
+                "{} {} packets went missing in it, and no counter of its devices tells of them",
+                toned(Tone::Bad, "WARNING:"),
+                grouped(lane.missing_packets)
+            );
+        }
         if lane.full_packets > 0 {
             let _ = writeln!(
                 text,
@@ -414,12 +429,13 @@ fn lanes(stats: &StatsResult) -> String {
         }
     }
     let losses = stats.lane_losses;
-    if losses.copies + losses.returns + losses.strays > 0 {
+    if losses.entries + losses.copies + losses.returns + losses.strays > 0 {
         let _ = writeln!(
             text,
-            "{} lanes could not send {} copies and not bring {} packets back; {} packets on their devices were \
-             none of theirs",
+            "{} lanes lost {} packets on their way in, could not send {} copies, and not bring {} packets back; {} \
+             packets on their devices were none of theirs",
             toned(Tone::Bad, "WARNING:"),
+            losses.entries,
             losses.copies,
             losses.returns,
             losses.strays

@@ -374,6 +374,7 @@ impl<P: Plane, H: Host> State<P, H> {
                 self.targets
                     .get(&place.key)
                     .is_some_and(super::targets::Target::is_attached)
+                    && self.lane_problem(rule, &place.key).is_none()
             })
             && (hold.is_none() || hold == record.hold)
             && !record.doomed

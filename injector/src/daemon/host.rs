@@ -9,7 +9,7 @@ use super::plane::{LaneDevices, LaneNumber, TargetSlot};
 use crate::{
     attach::{self, AttachError, Attachment, Obstacle, Presence, TargetLink},
     journal::{Journal, JournalError},
-    lane::{Lane, LaneConfig, LaneError, LaneQueue},
+    lane::{Damage, Lane, LaneConfig, LaneError, LaneQueue},
     netlink::{self, FqLimits, Link, NetlinkError, Route},
     netns::{Netns, NetnsError},
     protocol::{ErrorBody, ErrorCode},
@@ -70,6 +70,8 @@ pub trait Host: Send + 'static {
     ) -> Result<(Self::Lane, LaneDevices), ErrorBody>;
     /// Gives the queues of a lane other limits; what they hold must fit.
     fn limit_lane(&self, lane: &Self::Lane, limits: FqLimits) -> Result<(), ErrorBody>;
+    /// What somebody else has done to a lane, if anything.
+    fn lane_damage(&self, lane: &Self::Lane) -> Result<Option<Damage>, ErrorBody>;
     /// What a lane holds and has dropped.
     fn lane_stats(&self, lane: &Self::Lane) -> Result<LaneQueue, ErrorBody>;
     /// Removes a lane. Returns how many packets it still held. After an error it can be tried again.
@@ -178,6 +180,10 @@ impl Host for KernelHost {
 
     fn limit_lane(&self, lane: &Lane, limits: FqLimits) -> Result<(), ErrorBody> {
         lane.set_limits(limits).map_err(|error| lane_error(&error))
+    }
+
+    fn lane_damage(&self, lane: &Lane) -> Result<Option<Damage>, ErrorBody> {
+        lane.damage().map_err(|error| lane_error(&error))
     }
 
     fn lane_stats(&self, lane: &Lane) -> Result<LaneQueue, ErrorBody> {

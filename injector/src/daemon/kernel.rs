@@ -174,6 +174,7 @@ impl Plane for KernelPlane {
             strays: losses.strays,
             copies: losses.copies,
             returns: losses.returns,
+            entries: losses.entries,
         })
     }
 

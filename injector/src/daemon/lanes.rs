@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     attach::TargetLink,
+    lane::Damage,
     netlink::{FqLimits, LinkKind},
     netns::{Netns, NetnsId},
     protocol::{ErrorBody, ErrorCode, EventKind, LaneStats},
@@ -44,6 +45,12 @@ pub(super) struct LaneRecord<L> {
     wanted: FqLimits,
     /// Its load at the last look, if its queues were empty then.
     idle_load: Option<(u64, u64)>,
+    /// What somebody else has done to it. Nothing is sent into it any more, until it is made anew.
+    damage: Option<Damage>,
+    /// Packets that it had dropped, by its own counters, when its account was put right last.
+    dropped: u64,
+    /// Packets that went missing in it, and that no counter tells of.
+    missing: u64,
 }
 
 /// Packets a second that a lane is to take: more than the CPUs of a large machine send through one.
@@ -116,7 +123,7 @@ fn longest_hold<'a>(rules: impl Iterator<Item = &'a Record>, key: &TargetKey) ->
 }
 
 impl<P: Plane, H: Host> State<P, H> {
-    /// Makes the lanes that new rules need and that are not there. Returns those made; after an error there are
+    /// Makes the lanes that new rules need and that are not there, or not whole. Returns those made; after an error there are
     /// none of them.
     pub(super) fn make_lanes(
         &mut self,
@@ -142,10 +149,28 @@ impl<P: Plane, H: Host> State<P, H> {
                 entry.0 = entry.0.max(need);
             }
         }
+        self.find_damage();
         let mut made = Vec::new();
         for (id, (need, netns)) in wanted {
-            if need == Need::None || self.lanes.contains_key(&id) {
+            if need == Need::None {
                 continue;
+            }
+            let damaged = match self.lanes.get(&id) {
+                Some(record) if record.damage.is_none() => continue,
+                Some(_) => self.lanes.remove(&id),
+                None => None,
+            };
+            // What is left of it makes room for a new one, and stands for it until there is one.
+            if let Some(mut record) = damaged {
+                let removed = self.host.remove_lane(&mut record.lane);
+                self.lanes.insert(id, record);
+                if let Err(error) = removed {
+                    self.remove_lanes(made);
+                    return Err(ErrorBody {
+                        message: format!("{}; nothing was changed", error.message),
+                        ..error
+                    });
+                }
             }
             let Some(number) = self.free_lane() else {
                 self.remove_lanes(made);
@@ -172,6 +197,9 @@ impl<P: Plane, H: Host> State<P, H> {
                         limits,
                         wanted: limits,
                         idle_load: None,
+                        damage: None,
+                        dropped: 0,
+                        missing: 0,
                     };
                     self.lanes.insert(id, record);
                     made.push(id);
@@ -234,6 +262,9 @@ impl<P: Plane, H: Host> State<P, H> {
         holds: &BTreeMap<NetnsId, Duration>,
     ) -> Result<(), ErrorBody> {
         for (id, record) in &mut self.lanes {
+            if record.damage.is_some() {
+                continue;
+            }
             let hold = holds.get(id).copied().unwrap_or_default();
             record.wanted = greater(record.wanted, limits(hold, self.settings.lanes.packets));
             let grown = greater(record.limits, record.wanted);
@@ -264,12 +295,68 @@ impl<P: Plane, H: Host> State<P, H> {
         }
     }
 
-    /// Lowers the limits of queues where what they hold fits, and puts right what is held in the account of a lane
-    /// and is not there: what a device dropped on the way was never taken out of it.
+    /// Sends nothing into lanes any more that somebody else has damaged: packets pass there, instead of being lost,
+    /// and rules that need the lane do not act, until it is made anew for the next rule.
+    fn find_damage(&mut self) {
+        let mut found = Vec::new();
+        for (id, record) in &mut self.lanes {
+            if record.damage.is_some() {
+                continue;
+            }
+            match self.host.lane_damage(&record.lane) {
+                Ok(None) => {}
+                Ok(Some(damage)) => {
+                    record.damage = Some(damage);
+                    found.push((
+                        *id,
+                        format!("the lane of network namespace {}: {damage}", record.netns),
+                    ));
+                }
+                Err(error) => tracing::warn!("cannot look at a lane: {error}"),
+            }
+        }
+        if found.is_empty() {
+            return;
+        }
+        let protection = self.protection.clone();
+        let committed = self.commit(&HashSet::new(), &[], &protection);
+        for (id, what) in found {
+            let message = match &committed {
+                Ok(()) => format!(
+                    "{what}; what it held may be lost, and delays, loss and other faults that need it do not act \
+                     there until a rule with such a fault is added or applied"
+                ),
+                Err(error) => {
+                    // The next look finds it again.
+                    if let Some(record) = self.lanes.get_mut(&id) {
+                        record.damage = None;
+                    }
+                    format!("{what}, and packets cannot be kept out of it, will try again: {error}")
+                }
+            };
+            self.problem(None, message);
+        }
+    }
+
+    /// What keeps a rule that needs a lane from acting at a target.
+    pub(super) fn lane_problem(&self, rule: &Rule, key: &TargetKey) -> Option<String> {
+        if need(rule) != Need::Must {
+            return None;
+        }
+        let damage = self.lanes.get(&key.netns)?.damage?;
+        Some(format!("no lane: {damage}"))
+    }
+
+    /// Looks whether lanes are sound, lowers the limits of queues where what they hold fits, and puts right what is
+    /// held in the account of a lane and is not there: what a device dropped on the way was never taken out of it.
     pub(super) fn look_at_lanes(&mut self) {
+        self.find_damage();
         for record in self.lanes.values_mut() {
             let held = self.plane.lane_use(record.number);
-            if record.limits != record.wanted && held.packets <= u64::from(record.wanted.packets) {
+            if record.damage.is_none()
+                && record.limits != record.wanted
+                && held.packets <= u64::from(record.wanted.packets)
+            {
                 match self.host.limit_lane(&record.lane, record.wanted) {
                     Ok(()) => record.limits = record.wanted,
                     Err(error) => tracing::warn!("cannot limit a lane, will try again: {error}"),
@@ -290,7 +377,23 @@ impl<P: Plane, H: Host> State<P, H> {
             let now = (held.load, queue.qdisc.sent_packets);
             if before == Some(now) {
                 if self.plane.empty_lane(record.number, held.load) {
-                    tracing::debug!(packets = held.packets, "a lane has lost packets on the way");
+                    let dropped = queue.qdisc.dropped_packets + queue.device_drops;
+                    let told = dropped.saturating_sub(record.dropped);
+                    record.dropped = dropped;
+                    let missing = held.packets.saturating_sub(told);
+                    record.missing += missing;
+                    if missing > 0 {
+                        self.events.push(
+                            EventKind::Problem,
+                            None,
+                            None,
+                            format!(
+                                "{missing} packets went missing in the lane of network namespace {}, and no counter \
+                                 of its devices tells of them; was one of them set down?",
+                                record.netns
+                            ),
+                        );
+                    }
                 }
             } else {
                 record.idle_load = Some(now);
@@ -325,7 +428,9 @@ impl<P: Plane, H: Host> State<P, H> {
                     full_packets: held.full_packets,
                     dropped_packets: queue.qdisc.dropped_packets,
                     device_drops: queue.device_drops,
+                    missing_packets: record.missing,
                     backlog_drops,
+                    problem: record.damage.map(|damage| damage.to_string()),
                 })
             })
             .collect()
@@ -340,7 +445,10 @@ impl<P: Plane, H: Host> State<P, H> {
         if !needed.contains(&key.netns) {
             return None;
         }
-        self.lanes.get(&key.netns).map(|record| record.devices)
+        self.lanes
+            .get(&key.netns)
+            .filter(|record| record.damage.is_none())
+            .map(|record| record.devices)
     }
 
     /// Remembers until when lanes may hold packets of rules that end.

@@ -214,7 +214,8 @@ impl<P: Plane, H: Host> State<P, H> {
                     problem: place
                         .problem
                         .clone()
-                        .or_else(|| target.and_then(|target| target.problem.clone())),
+                        .or_else(|| target?.problem.clone())
+                        .or_else(|| target.and(self.lane_problem(&record.rule, &place.key))),
                 }
             })
             .collect();

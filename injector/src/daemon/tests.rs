@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     attach::{Obstacle, Presence, TargetLink},
-    lane::LaneQueue,
+    lane::{Damage, LaneQueue},
     netlink::{FqLimits, Hook, Link, LinkKind, LinkStats, Route},
     netns::{Netns, NetnsId},
     protocol::{
@@ -68,6 +68,12 @@ struct World {
     refuse_flush: bool,
     /// Namespaces with lanes, by inode.
     lanes: BTreeSet<u64>,
+    /// What somebody has done to every lane.
+    lane_damage: Option<Damage>,
+    /// What the queues of every lane have dropped.
+    queue_drops: u64,
+    /// No lane can be made.
+    refuse_lane: bool,
     /// What lanes may hold.
     bounds: BTreeMap<LaneNumber, LaneBounds>,
     /// The load of every lane.
@@ -327,7 +333,11 @@ impl Host for FakeHost {
         limits: FqLimits,
     ) -> Result<((), LaneDevices), ErrorBody> {
         let mut world = self.0.world();
-        world.lanes.insert(netns.id.ino);
+        if world.refuse_lane {
+            return Err(ErrorBody::new(ErrorCode::Unsupported, "there is no fq"));
+        }
+        assert!(world.lanes.insert(netns.id.ino), "there is a lane already");
+        world.lane_damage = None;
         world.queue_limits = Some(limits);
         Ok((
             (),
@@ -344,8 +354,13 @@ impl Host for FakeHost {
         self.0.world().queue_limits = Some(limits);
         Ok(())
     }
+    fn lane_damage(&self, (): &()) -> Result<Option<Damage>, ErrorBody> {
+        Ok(self.0.world().lane_damage)
+    }
     fn lane_stats(&self, (): &()) -> Result<LaneQueue, ErrorBody> {
-        Ok(LaneQueue::default())
+        let mut queue = LaneQueue::default();
+        queue.qdisc.dropped_packets = self.0.world().queue_drops;
+        Ok(queue)
     }
     fn remove_lane(&self, (): &mut ()) -> Result<u64, ErrorBody> {
         self.0.world().lanes.clear();
@@ -1332,6 +1347,84 @@ fn what_cannot_be_let_go_is_tried_again() {
     bench.world().refuse_commit = false;
     bench.pass(2);
     assert!(bench.world().attached.is_empty() && bench.world().lanes.is_empty());
+}
+
+#[test]
+fn a_damaged_lane_lets_packets_pass_and_is_made_anew() {
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "1s")]));
+    let lane = |bench: &Bench| bench.world().targets[0].lane;
+    assert!(lane(&bench).is_some());
+    bench.world().lane_damage = Some(Damage::Down("inj-line"));
+    bench.pass(2);
+    assert_eq!(lane(&bench), None);
+    let told = bench.events(EventKind::Problem);
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(
+        told[0].message.contains("inj-line was set down"),
+        "{told:?}"
+    );
+    let problem = |bench: &mut Bench| bench.list().rules[0].targets[0].problem.clone();
+    assert_eq!(
+        problem(&mut bench).as_deref(),
+        Some("no lane: its device inj-line was set down")
+    );
+    assert!(bench.stats().lanes[0].problem.is_some());
+    // Told once, and a rule that needs none changes nothing.
+    bench.add(&json!([rule("two", "eth0")]));
+    bench.pass(2);
+    assert_eq!(bench.events(EventKind::Problem).len(), 1);
+    assert_eq!(lane(&bench), None);
+    // It cannot be made anew: as before, and said so.
+    bench.world().refuse_lane = true;
+    let three = json!({"rules": [delaying("three", "eth0", "2s")]});
+    assert_eq!(
+        bench.ask("add", &three).unwrap_err().code,
+        ErrorCode::Unsupported
+    );
+    assert!(problem(&mut bench).is_some() && bench.world().lanes.is_empty());
+    // Asking for the same rules again makes it.
+    bench.world().refuse_lane = false;
+    let one = json!([delaying("one", "eth0", "1s")]);
+    assert_eq!(bench.apply("add", &one).unchanged.len(), 0);
+    assert!(lane(&bench).is_some() && bench.world().lanes.len() == 1);
+    assert_eq!(problem(&mut bench), None);
+    assert_eq!(bench.apply("add", &one).unchanged.len(), 1);
+}
+
+#[test]
+fn a_lane_damaged_just_now_is_made_anew_at_once() {
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "1s")]));
+    bench.world().lane_damage = Some(Damage::Gone("inj-carrier"));
+    bench.add(&json!([delaying("two", "eth0", "2s")]));
+    assert!(bench.world().targets[0].lane.is_some() && bench.world().lanes.len() == 1);
+    assert_eq!(bench.events(EventKind::Problem).len(), 1);
+    let list = bench.list();
+    assert!(list.rules.iter().all(|rule| rule.targets[0].problem.is_none()));
+}
+
+#[test]
+fn what_goes_missing_in_a_lane_is_told() {
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "1s")]));
+    bench.world().load = 3 * lane_load::of(64);
+    bench.pass(2);
+    assert_eq!(bench.events(EventKind::Problem).len(), 0);
+    bench.pass(2);
+    let told = bench.events(EventKind::Problem);
+    assert!(
+        told.len() == 1 && told[0].message.starts_with("3 packets went missing"),
+        "{told:?}"
+    );
+    assert_eq!(bench.stats().lanes[0].missing_packets, 3);
+    // What its queues drop is told by their own counter.
+    bench.world().queue_drops = 2;
+    bench.world().load = 2 * lane_load::of(64);
+    bench.pass(2);
+    bench.pass(2);
+    assert_eq!(bench.world().load, 0);
+    assert_eq!(bench.stats().lanes[0].missing_packets, 3);
 }
 
 #[test]

@@ -179,6 +179,8 @@ pub struct LaneLosses {
     pub copies: u64,
     /// Packets that could not be brought back.
     pub returns: u64,
+    /// Packets that were lost on the way to the line.
+    pub entries: u64,
 }
 
 /// How full a table is.
@@ -537,6 +539,7 @@ impl DataPlane {
             strays: sum(0)?,
             copies: sum(1)?,
             returns: sum(2)?,
+            entries: sum(3)?,
         })
     }
 

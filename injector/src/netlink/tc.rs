@@ -520,6 +520,28 @@ pub fn change_fq(ifindex: u32, queues: u32, limits: FqLimits) -> Result<(), Netl
     })
 }
 
+/// Whether the qdiscs of an interface are still of the kinds that [`add_fq`] gave it.
+pub fn has_fq(ifindex: u32, queues: u32) -> Result<bool, NetlinkError> {
+    let what = format!("list the qdiscs of interface {ifindex}");
+    let request = Header::default().message().into_bytes();
+    let mut fq = 0;
+    for (kind, message) in Connection::open(&what)?.dump(&what, RTM_GETQDISC, &request)? {
+        let header =
+            Header::parse(&message).ok_or_else(|| malformed(&what, "short qdisc message"))?;
+        // The dump is of all interfaces, whatever the request names.
+        if kind != RTM_NEWQDISC
+            || header.ifindex != ifindex
+            || !fq_parents(queues).any(|parent| parent == header.parent)
+        {
+            continue;
+        }
+        let attributes =
+            Attributes::after(HEADER, &message).map_err(|error| malformed(&what, error))?;
+        fq += usize::from(attributes.string(TCA_KIND).as_deref() == Some("fq"));
+    }
+    Ok(fq == fq_parents(queues).count())
+}
+
 /// The root, or the classes of the mq.
 fn fq_parents(queues: u32) -> impl Iterator<Item = u32> {
     (1..=queues.max(1)).map(move |number| {

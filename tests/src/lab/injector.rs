@@ -223,6 +223,8 @@ pub struct LaneStats {
     pub dropped_packets: u64,
     /// Packets that its devices dropped.
     pub device_drops: u64,
+    /// Packets that went missing in it.
+    pub missing_packets: u64,
     /// Packets that its targets dropped as they arrived.
     pub backlog_drops: u64,
 }
@@ -236,6 +238,8 @@ pub struct LaneLosses {
     pub copies: u64,
     /// Packets that could not be brought back.
     pub returns: u64,
+    /// Packets that were lost on the way to the line.
+    pub entries: u64,
 }
 
 /// A healed rule whose held packets are being dropped.
@@ -273,6 +277,7 @@ impl Stats {
             strays,
             copies,
             returns,
+            entries,
         } = self.lane_losses;
         let refused: u64 = self
             .targets
@@ -283,7 +288,11 @@ impl Stats {
             .lanes
             .iter()
             .map(|lane| {
-                lane.full_packets + lane.dropped_packets + lane.device_drops + lane.backlog_drops
+                lane.full_packets
+                    + lane.dropped_packets
+                    + lane.device_drops
+                    + lane.missing_packets
+                    + lane.backlog_drops
             })
             .sum();
         let errors: u64 = self
@@ -292,7 +301,7 @@ impl Stats {
             .map(|target| target.egress.errors + target.ingress.errors)
             .sum();
         ensure!(
-            strays + copies + returns + refused + dropped + errors == 0,
+            strays + copies + returns + entries + refused + dropped + errors == 0,
             "a lane lost packets: {self:?}"
         );
         Ok(())

@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context as _;
 use injector::dataplane::{Collected, DataPlane, RuleSlot, Sizes, TargetSlot};
 
-use crate::model::{Link, Outcome, Packet, RuleOutcome, Setup, Subject, TargetOutcome};
+use crate::model::{Hook, Link, Outcome, Packet, RuleOutcome, Setup, Subject, TargetOutcome};
 
 use super::{
     placing::{Placing, Ready, check, rule_outcome, target_outcome},
@@ -81,6 +81,15 @@ impl Kernel {
     /// Forgets what has been idle for longer than `idle`, as the daemon does from time to time.
     pub fn collect(&mut self, idle: Duration) -> anyhow::Result<Collected> {
         Ok(self.loaded()?.plane.collect(idle)?)
+    }
+
+    /// Wire packets that have come by a target in a direction.
+    pub fn seen(&mut self, target: u16, hook: Hook) -> anyhow::Result<u64> {
+        let [egress, ingress] = self.loaded()?.plane.target_counters(TargetSlot(target))?;
+        Ok(match hook {
+            Hook::Egress => egress.seen_packets,
+            Hook::Ingress => ingress.seen_packets,
+        })
     }
 
     fn loaded(&mut self) -> anyhow::Result<&mut Loaded> {

@@ -32,6 +32,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("kinds::loopback", NEEDS, loopback),
         trial("kinds::dummy", NEEDS, dummy),
         trial("kinds::macvlan", NEEDS, macvlan),
+        trial("kinds::bonds_in_bonds", NEEDS, bonds_in_bonds),
         trial(
             "kinds::what_has_no_ethernet_header",
             NEEDS,
@@ -258,6 +259,57 @@ fn macvlan() -> Result<()> {
         )?;
         bulk_arrives(&from, &to)?;
         heal(&injector)?;
+    }
+    Ok(())
+}
+
+/// The kernel sends through eight devices without queues within each other, and drops what is deeper
+/// (`XMIT_RECURSION_LIMIT`, include/linux/netdevice.h); a lane has two of its own, and a redirect between them. Below
+/// seven bonds it drops on the way into the lane, which is counted.
+fn bonds_in_bonds() -> Result<()> {
+    const PACKETS: u32 = 120;
+    const DEEPEST: usize = 7;
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    // Not lent: it loses packets.
+    let injector = Injector::started(&[])?;
+    let mut lower = "eth0".to_owned();
+    for depth in 1..=DEEPEST {
+        let bond = format!("bond{depth}");
+        for command in [
+            format!("link add {bond} type bond mode active-backup"),
+            format!("addr flush dev {lower}"),
+            format!("link set {lower} down"),
+            format!("link set {lower} master {bond}"),
+            format!("link set {bond} up"),
+            format!("addr add {}/24 dev {bond}", a.v4),
+        ] {
+            a.ns.tool(&format!("ip {command}"))?;
+        }
+        lower = bond;
+        if ![1, DEEPEST - 1, DEEPEST].contains(&depth) {
+            continue;
+        }
+        round_trip(&a.ns, &b.v4.to_string())?;
+        injector.add(&format!(
+            "slow --netns {} --iface eth0 --to {} --proto udp --delay 20ms --loss 0.0001%",
+            a.netns(),
+            b.v4
+        ))?;
+        let path = Timed::v4(a, 6000, b, 7000)?;
+        path.send_super_packets(1..=PACKETS, 40, 1000)?;
+        let arrived = path.receive(0, Duration::from_secs(1), Duration::from_secs(10))?;
+        let arrived = arrived.len() as u64;
+        let lost = injector.stats()?.lane_losses.entries;
+        report(format!(
+            "{depth} bonds: {arrived} of {PACKETS} arrived, {lost} were lost on the way in"
+        ));
+        ensure!(
+            arrived + lost == u64::from(PACKETS) && (lost > 0) == (depth == DEEPEST),
+            "{depth} bonds: {arrived} arrived, {lost} were lost"
+        );
+        injector.json(&["heal", "slow"])?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
 use tests::lab::{
-    injector::Injector,
+    injector::{Injector, Mode},
     lent::Lent,
     snapshot::Snapshot,
     timed::{Timed, delays},
@@ -43,6 +43,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             "life::a_killed_daemon_s_lane_is_harmless",
             NEEDS,
             a_killed_daemon_s_lane_is_harmless,
+        ),
+        trial(
+            "life::a_damaged_lane_lets_packets_pass_and_is_made_anew",
+            &[Need::Root, Need::Injector, Need::Tool("tc")],
+            a_damaged_lane_lets_packets_pass_and_is_made_anew,
         ),
         trial(
             "life::other_traffic_never_enters",
@@ -297,6 +302,80 @@ fn a_killed_daemon_s_lane_is_harmless() -> Result<()> {
         Duration::from_secs(10),
         || before.must_equal(&Snapshot::of(&a.ns)?).map(|()| true),
     )
+}
+
+/// What somebody else may do to a lane, each as commands, with what the daemon says of it.
+const DAMAGES: [(&[&str], &str); 5] = [
+    (&["ip link delete inj-line"], "inj-line was deleted"),
+    (&["ip link set inj-carrier down"], "inj-carrier was set down"),
+    (
+        &[
+            "ip link set inj-carrier down",
+            "ip link set inj-carrier name somebodys",
+        ],
+        "inj-carrier was deleted, renamed or moved",
+    ),
+    (
+        &["tc qdisc replace dev inj-line root pfifo"],
+        "the queue of its device inj-line was replaced",
+    ),
+    (
+        &["tc qdisc delete dev inj-carrier clsact"],
+        "our filter on its device inj-carrier was removed",
+    ),
+];
+
+fn a_damaged_lane_lets_packets_pass_and_is_made_anew() -> Result<()> {
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let before = Snapshot::of(&a.ns)?;
+    // Not lent: a daemon whose lanes were damaged has lost packets.
+    let injector = Injector::started(&[])?;
+    let path = Timed::v4(a, 6000, b, 7000)?;
+    let slow = serde_json::json!({
+        "name": "slow",
+        "netns": a.netns(),
+        "iface": ["eth0"],
+        "dst": [b.v4.to_string()],
+        "fault": {"delay": "400ms"},
+    });
+    let mut number = 0;
+    // Twenty packets, and how long each took.
+    let mut taken = || -> Result<Vec<f64>> {
+        let numbers = number + 1..=number + 20;
+        number += 20;
+        let sent = path.send(numbers, Duration::from_millis(1))?;
+        let arrived = path.receive(20, Duration::from_millis(20), Duration::from_secs(10))?;
+        ensure!(arrived.len() == 20, "packets were lost: {arrived:?}");
+        Ok(delays(&sent, &arrived))
+    };
+    for (commands, what) in DAMAGES {
+        injector.apply(std::slice::from_ref(&slow), Mode::Add)?;
+        let delayed = taken()?;
+        ensure!(delayed.iter().all(|delay| *delay >= 400.0), "{delayed:?}");
+        for command in commands {
+            a.ns.tool(command)?;
+        }
+        wait_until("the damage is noticed", Duration::from_secs(10), || {
+            let list = injector.json(&["list"])?;
+            let problem = list["rules"][0]["targets"][0]["problem"].as_str();
+            Ok(problem.is_some_and(|problem| problem.contains(what)))
+        })?;
+        let passing = taken()?;
+        ensure!(
+            passing.iter().all(|delay| *delay < 400.0),
+            "{what}: packets wait in a damaged lane: {passing:?}"
+        );
+    }
+    // The same rule again makes the last one anew, too, and nothing is left of any of them.
+    injector.apply(std::slice::from_ref(&slow), Mode::Add)?;
+    let delayed = taken()?;
+    ensure!(delayed.iter().all(|delay| *delay >= 400.0), "{delayed:?}");
+    injector.heal_all()?;
+    wait_until("the lanes have gone", Duration::from_secs(10), || {
+        before.must_equal(&Snapshot::of(&a.ns)?).map(|()| true)
+    })
 }
 
 fn other_traffic_never_enters() -> Result<()> {

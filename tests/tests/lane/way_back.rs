@@ -7,11 +7,13 @@ use injector::netlink::Hook;
 use libtest_mimic::Trial;
 use nix::sys::socket::{setsockopt, sockopt};
 use tests::lab::{
+    injector::Injector,
     lent::Lent,
     skb_field::{Field, require, require_nothing, set},
     timed::{Timed, delays},
     topology::Lab,
     trial::{Need, trial},
+    wait::wait_until,
 };
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -19,6 +21,11 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         trial("way_back::what_leaves", NEEDS, what_leaves),
         trial("way_back::what_arrives", NEEDS, what_arrives),
+        trial(
+            "way_back::what_has_no_way_back_is_counted",
+            NEEDS,
+            what_has_no_way_back_is_counted,
+        ),
     ]
 }
 
@@ -40,6 +47,28 @@ fn all_arrive(path: &Timed, what: &str) -> Result<()> {
         delays(&sent, &arrived)
     );
     Ok(())
+}
+
+/// The interface goes while the lane, which another one's rule keeps, holds packets of it.
+fn what_has_no_way_back_is_counted() -> Result<()> {
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    let injector = Injector::started(&[])?;
+    for iface in ["eth0", "lo"] {
+        injector.add(&format!(
+            "slow-{iface} --netns {} --iface {iface} --to {} --proto udp --delay 3s",
+            a.netns(),
+            b.v4
+        ))?;
+    }
+    let path = Timed::v4(a, 6000, b, 7000)?;
+    path.send(1..=COUNT, Duration::ZERO)?;
+    // One super-packet is as many as it would have become.
+    path.send_super_packets(1..=30, 30, 1000)?;
+    a.ns.tool("ip link delete eth0")?;
+    wait_until("the packets are counted", Duration::from_secs(15), || {
+        Ok(injector.stats()?.lane_losses.returns == u64::from(COUNT) + 30)
+    })
 }
 
 /// By both ways: past the segmenter, and, with a chance of loss, where order is kept too.

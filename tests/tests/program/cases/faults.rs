@@ -176,7 +176,7 @@ fn sized(transport: Transport, gso_size: u16, gso_segs: u16) -> Packet {
 }
 
 /// 20 + 20 bytes of headers, 1000 of payload: ten times 100.
-fn bulk(segments: u16) -> Packet {
+pub(super) fn bulk(segments: u16) -> Packet {
     let transport = Transport::Tcp {
         source: 40_000,
         destination: 80,

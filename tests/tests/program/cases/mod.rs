@@ -5,6 +5,7 @@ mod fragments;
 mod headers;
 mod idle;
 mod selectors;
+mod unfaulted;
 
 use std::{net::IpAddr, time::Duration};
 
@@ -383,7 +384,7 @@ const GROUPS: &[Group] = &[
 
 /// One trial for each group of cases and each subject.
 pub(crate) fn trials() -> Vec<Trial> {
-    let mut trials = vec![idle::trial()];
+    let mut trials = vec![idle::trial(), unfaulted::trial()];
     for entry in std::iter::once(&MODEL).chain(OTHERS) {
         for (name, cases) in GROUPS {
             let name = format!("{}::{name}", entry.name);
