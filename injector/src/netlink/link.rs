@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     NetlinkError,
     attribute::{Attributes, Message},
+    module::load_ifb,
     socket::{Connection, Part, malformed},
 };
 
@@ -294,6 +295,7 @@ pub fn create_veth(
 
 /// Makes an ifb with the given hardware address and MTU.
 pub fn create_ifb(name: &str, mac: [u8; 6], mtu: u32) -> Result<(), NetlinkError> {
+    load_ifb();
     create(
         &format!("create the ifb {name}"),
         on(0)

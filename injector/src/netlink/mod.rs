@@ -8,6 +8,7 @@ mod bpf;
 mod error;
 mod ethtool;
 mod link;
+mod module;
 mod nsid;
 mod overlap;
 mod route;

@@ -6,8 +6,7 @@
 
 use std::{
     collections::BTreeMap,
-    ffi::CString,
-    fs::{self, File, OpenOptions},
+    fs::{self, OpenOptions},
     io::{self, Write as _},
     os::{fd::AsRawFd as _, unix::process::CommandExt as _},
     path::{Path, PathBuf},
@@ -23,6 +22,7 @@ use nix::{
     unistd::Pid,
 };
 use serde::{Deserialize, Serialize};
+use tests::lab::module::load;
 
 /// The port of `isa-debug-exit`, as the host configures it.
 const EXIT_PORT: u16 = 0xf4;
@@ -116,7 +116,7 @@ fn run() -> Result<Verdict> {
     let text = fs::read("/command.json").context("reading /command.json")?;
     let task: Task = serde_json::from_slice(&text).context("reading /command.json")?;
     for (path, parameters) in &task.modules {
-        load(path, parameters).with_context(|| format!("loading module {}", path.display()))?;
+        load(path, parameters)?;
     }
     // A veth receives through a backlog of a thousand packets, which a burst overflows where the queue of a
     // network card would not.
@@ -202,26 +202,6 @@ fn first_warning() -> Result<String> {
         .take(LINES)
         .collect();
     Ok(lines.join("\n"))
-}
-
-/// Loads a kernel module.
-fn load(path: &Path, parameters: &str) -> Result<()> {
-    let file = File::open(path)?;
-    let parameters = CString::new(parameters)?;
-    // SAFETY: an open descriptor, a string that ends with zero, no flags.
-    let result = unsafe {
-        nix::libc::syscall(
-            nix::libc::SYS_finit_module,
-            file.as_raw_fd(),
-            parameters.as_ptr(),
-            0,
-        )
-    };
-    let error = io::Error::last_os_error();
-    if result < 0 && error.raw_os_error() != Some(nix::libc::EEXIST) {
-        return Err(error.into());
-    }
-    Ok(())
 }
 
 /// Ends the machine.

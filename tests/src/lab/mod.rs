@@ -20,6 +20,7 @@ pub mod injector;
 pub mod iperf;
 pub mod lent;
 pub mod load;
+pub mod module;
 pub mod moment;
 pub mod netem;
 pub mod netns;

@@ -36,6 +36,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             eight_streams_lose_nothing,
         ),
         trial(
+            "burst::what_arrives_undelayed_is_not_lost",
+            NEEDS,
+            what_arrives_undelayed_is_not_lost,
+        ),
+        trial(
             "burst::a_flood_is_accounted_for",
             NEEDS,
             a_flood_is_accounted_for,
@@ -167,6 +172,51 @@ fn eight_streams(a: &Node, b: &Node, in_order: bool) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// What arrives and has nothing to wait for is cut up and comes back to the CPU's backlog within the interrupt in which
+/// it came: eight streams, and 64 super-packets at once.
+fn what_arrives_undelayed_is_not_lost() -> Result<()> {
+    const SEGMENTS: u32 = 40;
+    const COUNT: u32 = 64 * SEGMENTS;
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    b.make_clsact()?;
+    let injector = Lent::new()?;
+    injector.add(&format!(
+        "arriving --netns {} --iface eth0 --from {} --loss 0.000001%",
+        b.netns(),
+        a.v4
+    ))?;
+    let dropped = backlog_drops()?;
+    let transfer = Transfer {
+        streams: 8,
+        bytes: 4 << 20,
+        within: Duration::from_mins(1),
+        talks_back: false,
+    };
+    transfer.run(a, b, 7001)?;
+    let path = Timed::v4(a, 6000, b, 7000)?;
+    on_one_cpu(|| path.send_super_packets(1..=COUNT, SEGMENTS as usize, 1400))?;
+    let arrived = path.receive(
+        COUNT as usize,
+        Duration::from_millis(20),
+        Duration::from_secs(20),
+    )?;
+    ensure!(
+        arrived.iter().map(|one| one.number).eq(1..=COUNT),
+        "lost, doubled or out of order: {arrived:?}"
+    );
+    let dropped = backlog_drops()? - dropped;
+    ensure!(dropped == 0, "backlogs dropped {dropped} packets");
+    let stats = injector.stats()?;
+    let rule = stats.rule("arriving")?;
+    ensure!(
+        rule.ingress.lost_packets == 0 && rule.ingress.matched_packets > u64::from(COUNT),
+        "{rule:?}"
+    );
+    stats.lanes_lost_nothing()?;
+    injector.heal("arriving")
 }
 
 /// What an interface or a socket has no room for is counted by the kernel, what a lane has no room for by us:

@@ -12,6 +12,7 @@ mod corrupt;
 mod delay;
 mod kinds;
 mod life;
+mod module;
 mod mtu;
 mod order;
 mod queue;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     for tests in [
         smoke::tests,
+        module::tests,
         delay::tests,
         accuracy::tests,
         order::tests,
