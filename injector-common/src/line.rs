@@ -121,8 +121,8 @@ pub struct Line {
     pub drawn: u32,
     /// Whether it was chosen before.
     pub taken: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// By copy: whether it leaves in order, behind the original and before later packets of the flow, one bit each.
+    pub in_order: u32,
     /// Numbers of the bits that were chosen.
     pub chosen: [u32; MAX_BITS as usize],
     /// Their positions ([`crate::corrupt`]).
@@ -241,6 +241,7 @@ impl Part for Deciding {
         let line = &mut work.line;
         line.lost = 0;
         line.copies = 0;
+        line.in_order = 0;
         line.free = 0;
         line.stages = 0;
         line.mark = 0;
@@ -275,13 +276,19 @@ impl Part for Deciding {
             };
         }
         if work.line.free == 0 {
-            keep_order(tables, work);
+            let mut last = 0;
             for copy in 1..SENT {
-                // Copies without a delay of their own travel with the original, as close as lines let them.
-                if work.line.after_ns[copy] == 0 && work.line.leaves_ns[copy] != 0 {
-                    let behind = work.line.through_ns[copy].saturating_sub(work.line.through_ns[0]);
-                    work.line.leaves_ns[copy] = work.line.leaves_ns[0] + behind;
+                let behind = behind(&work.line, copy);
+                if behind > last {
+                    last = behind;
+                }
+            }
+            keep_order(tables, work, last);
+            for copy in 1..SENT {
+                if travels_along(&work.line, copy) {
+                    work.line.leaves_ns[copy] = work.line.leaves_ns[0] + behind(&work.line, copy);
                     work.line.holders[copy] = work.line.holders[0];
+                    work.line.in_order |= 1 << copy;
                 }
             }
         }
@@ -289,18 +296,36 @@ impl Part for Deciding {
     }
 }
 
-/// Lets no packet leave before an earlier one of its flow whose order is kept.
+/// Whether a copy travels with the original, as close as lines let it: one without a delay of its own does, where order
+/// is kept.
 #[inline(always)]
-fn keep_order<T: Tables>(tables: &T, work: &mut Work) {
+const fn travels_along(line: &Line, copy: usize) -> bool {
+    line.after_ns[copy] == 0 && line.leaves_ns[copy] != 0 && copy <= line.copies as usize
+}
+
+/// How much later than the original a copy is through the lines, if it travels with it.
+#[inline(always)]
+const fn behind(line: &Line, copy: usize) -> u64 {
+    if travels_along(line, copy) {
+        line.through_ns[copy].saturating_sub(line.through_ns[0])
+    } else {
+        0
+    }
+}
+
+/// Lets no packet leave before an earlier one of its flow whose order is kept; the last of its copies that travel with
+/// it leaves so much later.
+#[inline(always)]
+fn keep_order<T: Tables>(tables: &T, work: &mut Work, behind_ns: u64) {
     let mut leaves = work.line.leaves_ns[0];
-    let held = if leaves > work.now_ns {
+    let held = if leaves + behind_ns > work.now_ns {
         tables.hold(&work.key)
     } else {
         tables.held(&work.key)
     };
     let Some(held) = held else {
         // A packet that is held should have its place there.
-        work.full += u32::from(leaves > work.now_ns);
+        work.full += u32::from(leaves + behind_ns > work.now_ns);
         return;
     };
     // SAFETY: valid by `Tables`.
@@ -318,7 +343,7 @@ fn keep_order<T: Tables>(tables: &T, work: &mut Work) {
             let last = until.max(read_once!(held, flushed_until_ns));
             // SAFETY: as above.
             unsafe {
-                if tables.exchange(place, until, leaves) == until {
+                if tables.exchange(place, until, leaves + behind_ns) == until {
                     core::ptr::write_volatile(&raw mut (*held).flushed_until_ns, last);
                     tables.increment(&raw mut (*held).turn, 1);
                     break;
@@ -329,12 +354,12 @@ fn keep_order<T: Tables>(tables: &T, work: &mut Work) {
         if waiting {
             holders = holders::common(all, holders);
         }
-        if until >= leaves {
+        if until > leaves {
             leaves = until;
-            break;
         }
+        let last = leaves + behind_ns;
         // SAFETY: as above.
-        if unsafe { tables.exchange(place, until, leaves) } == until {
+        if last == until || unsafe { tables.exchange(place, until, last) } == until {
             break;
         }
     }

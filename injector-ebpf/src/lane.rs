@@ -18,8 +18,8 @@
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_STOLEN, TC_ACT_UNSPEC},
     helpers::{
-        bpf_check_mtu, bpf_clone_redirect, bpf_redirect, bpf_set_hash, bpf_set_hash_invalid, bpf_skb_ecn_set_ce,
-        bpf_skb_pull_data, bpf_skb_vlan_pop,
+        bpf_check_mtu, bpf_clone_redirect, bpf_redirect, bpf_set_hash, bpf_set_hash_invalid,
+        bpf_skb_ecn_set_ce, bpf_skb_pull_data, bpf_skb_vlan_pop,
     },
     programs::TcContext,
 };
@@ -329,6 +329,7 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
     unsafe {
         let copies = (*work).line.copies;
         let free = (*work).line.free;
+        let in_order = (*work).line.in_order;
         if (*work).line.mark != 0 {
             mark(ctx, &mut *work);
         }
@@ -365,7 +366,7 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
                 }
                 (*copy).leaves_ns = leaves;
                 (*copy).holders = (*emission).holders[number];
-                ((*copy).hash, (*copy).index) = if free == 0 && leaves == leaves_ns {
+                ((*copy).hash, (*copy).index) = if in_order >> number & 1 != 0 {
                     (flow, index)
                 } else {
                     (alone(leaves, number as u32), 0)

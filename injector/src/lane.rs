@@ -243,7 +243,8 @@ impl Lane {
         // (`vlan_newlink`, net/8021q/vlan_netlink.c). On a veth they do, and a packet of a loopback device
         // that comes back without is a martian; on an ifb they do not (`ifb_setup`, drivers/net/ifb.c, 6.1).
         netlink::create_ifb(CARRIER, mac, MTU).map_err(|source| {
-            lacking("ifb devices", CARRIER_KIND, source).unwrap_or_else(|source| self.failed(source))
+            lacking("ifb devices", CARRIER_KIND, source)
+                .unwrap_or_else(|source| self.failed(source))
         })?;
         let carrier = self.index(CARRIER)?;
         // The segmenter has no queue, and a VLAN device no lock of its own: it needs no second one.

@@ -1401,7 +1401,11 @@ fn a_lane_damaged_just_now_is_made_anew_at_once() {
     assert!(bench.world().targets[0].lane.is_some() && bench.world().lanes.len() == 1);
     assert_eq!(bench.events(EventKind::Problem).len(), 1);
     let list = bench.list();
-    assert!(list.rules.iter().all(|rule| rule.targets[0].problem.is_none()));
+    assert!(
+        list.rules
+            .iter()
+            .all(|rule| rule.targets[0].problem.is_none())
+    );
 }
 
 #[test]

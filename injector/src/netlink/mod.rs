@@ -28,8 +28,8 @@ pub use self::{
     route::{Route, outgoing, routes},
     tc::{
         BpfFilter, Created, Filter, FqLimits, Hook, HookQdisc, NewFilter, QdiscStats, add_clsact,
-        add_fq, attach, chains, change_fq, delete_clsact, detach, filters, has_clsact, has_fq, hook_qdisc,
-        root_stats,
+        add_fq, attach, chains, change_fq, delete_clsact, detach, filters, has_clsact, has_fq,
+        hook_qdisc, root_stats,
     },
 };
 pub(crate) use self::{

@@ -307,7 +307,10 @@ fn a_killed_daemon_s_lane_is_harmless() -> Result<()> {
 /// What somebody else may do to a lane, each as commands, with what the daemon says of it.
 const DAMAGES: [(&[&str], &str); 5] = [
     (&["ip link delete inj-line"], "inj-line was deleted"),
-    (&["ip link set inj-carrier down"], "inj-carrier was set down"),
+    (
+        &["ip link set inj-carrier down"],
+        "inj-carrier was set down",
+    ),
     (
         &[
             "ip link set inj-carrier down",

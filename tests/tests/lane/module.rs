@@ -124,13 +124,15 @@ fn the_first_ifb_brings_no_devices() -> Result<()> {
     let a = lab.a();
     let injector = Lent::new()?;
     let loader = Loader::install()?;
-    wait_until("ifb can be unloaded", Duration::from_secs(20), || {
-        match delete_module(c"ifb", DeleteModuleFlags::O_NONBLOCK) {
+    wait_until(
+        "ifb can be unloaded",
+        Duration::from_secs(20),
+        || match delete_module(c"ifb", DeleteModuleFlags::O_NONBLOCK) {
             Ok(()) => Ok(true),
             Err(Errno::EWOULDBLOCK) => Ok(false),
             Err(error) => Err(error).context("unloading ifb"),
-        }
-    })?;
+        },
+    )?;
     let added = thread::scope(|scope| {
         let serving = scope.spawn(|| loader.serve());
         let added = injector.add(&format!(
