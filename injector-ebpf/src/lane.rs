@@ -477,7 +477,7 @@ fn uncounted(ctx: &TcContext) -> u32 {
     let meta = skb::meta(ctx, hook::EGRESS);
     let mut parsed = Parsed::default();
     if parse(
-        &mut skb::SkbPacket::new(ctx),
+        &skb::SkbPacket::new(ctx),
         ETHERNET,
         meta.protocol,
         &mut parsed,

@@ -72,8 +72,8 @@ struct World {
     lane_damage: Option<Damage>,
     /// What the queues of every lane have dropped.
     queue_drops: u64,
-    /// No lane can be made.
-    refuse_lane: bool,
+    /// Why no lane can be made.
+    refuse_lane: Option<ErrorCode>,
     /// What lanes may hold.
     bounds: BTreeMap<LaneNumber, LaneBounds>,
     /// The load of every lane.
@@ -333,8 +333,8 @@ impl Host for FakeHost {
         limits: FqLimits,
     ) -> Result<((), LaneDevices), ErrorBody> {
         let mut world = self.0.world();
-        if world.refuse_lane {
-            return Err(ErrorBody::new(ErrorCode::Unsupported, "there is no fq"));
+        if let Some(code) = world.refuse_lane {
+            return Err(ErrorBody::new(code, "there is no fq"));
         }
         assert!(world.lanes.insert(netns.id.ino), "there is a lane already");
         world.lane_damage = None;
@@ -1376,7 +1376,7 @@ fn a_damaged_lane_lets_packets_pass_and_is_made_anew() {
     assert_eq!(bench.events(EventKind::Problem).len(), 1);
     assert_eq!(lane(&bench), None);
     // It cannot be made anew: as before, and said so.
-    bench.world().refuse_lane = true;
+    bench.world().refuse_lane = Some(ErrorCode::Unsupported);
     let three = json!({"rules": [delaying("three", "eth0", "2s")]});
     assert_eq!(
         bench.ask("add", &three).unwrap_err().code,
@@ -1384,7 +1384,7 @@ fn a_damaged_lane_lets_packets_pass_and_is_made_anew() {
     );
     assert!(problem(&mut bench).is_some() && bench.world().lanes.is_empty());
     // Asking for the same rules again makes it.
-    bench.world().refuse_lane = false;
+    bench.world().refuse_lane = None;
     let one = json!([delaying("one", "eth0", "1s")]);
     assert_eq!(bench.apply("add", &one).unchanged.len(), 0);
     assert!(lane(&bench).is_some() && bench.world().lanes.len() == 1);
