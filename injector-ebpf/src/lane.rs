@@ -293,24 +293,28 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
             tables::count_lost(lost::STRAY, 1);
             return TC_ACT_STOLEN;
         }
-        (*entry).arrived = (*entry).arrived.wrapping_add(1);
         note_holders(skb, 0);
         let (slot, direction) = lane_mark::read(mark);
         let meta = skb::marked(ctx, slot, direction);
-        let entry = Entry {
+        let brought = Entry {
             complete: u32::from(mark & lane_mark::COMPLETE),
             ..*entry
         };
-        let outcome = decide_line(&mut skb::SkbPacket::new(ctx), meta, entry, &tables::Kernel);
+        let outcome = decide_line(
+            &mut skb::SkbPacket::new(ctx),
+            meta,
+            brought,
+            &tables::Kernel,
+        );
+        if outcome == LineOutcome::Again {
+            tables::tail_call(ctx, tables::LINE);
+        }
+        (*entry).arrived = (*entry).arrived.wrapping_add(1);
         match outcome {
             LineOutcome::Lost => TC_ACT_STOLEN,
-            LineOutcome::Again => {
-                tables::tail_call(ctx, tables::LINE);
-                send(ctx, 0, (*skb).hash, 0, 0)
-            }
-            LineOutcome::Undecided => send(ctx, 0, (*skb).hash, 0, 0),
+            LineOutcome::Again | LineOutcome::Undecided => send(ctx, 0, (*skb).hash, 0, 0),
             LineOutcome::Sent => {
-                let index = entry.index as u32 & INDEX_MASK;
+                let index = brought.index as u32 & INDEX_MASK;
                 corrupt::corrupt(ctx);
                 emit(ctx, index)
             }

@@ -306,7 +306,9 @@ impl Machine<'_> {
         let options = "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 nokaslr mitigations=off \
                        norandmaps initcall_blacklist=jent_mod_init,load_system_certificate_list \
                        cryptomgr.notests apparmor=0 audit=0 no_timer_check tsc=reliable";
-        let mut command = Command::new("qemu-system-x86_64");
+        // A machine ends with the xtask that runs it, however that ends: whoever waits for it here has started it.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
         let mut serial = OsString::from("file:");
         serial.push(back);
         command

@@ -149,12 +149,12 @@ impl<P: Plane, H: Host> State<P, H> {
                 entry.0 = entry.0.max(need);
             }
         }
-        self.find_damage();
+        wanted.retain(|_, (need, _)| *need != Need::None);
+        if !wanted.is_empty() {
+            self.find_damage();
+        }
         let mut made = Vec::new();
         for (id, (need, netns)) in wanted {
-            if need == Need::None {
-                continue;
-            }
             let damaged = match self.lanes.get(&id) {
                 Some(record) if record.damage.is_none() => continue,
                 Some(_) => self.lanes.remove(&id),

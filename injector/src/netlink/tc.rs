@@ -199,35 +199,46 @@ fn place(ifindex: u32, hook: Hook) -> String {
     format!("the {hook} hook of interface {ifindex}")
 }
 
+/// The messages that describe the qdiscs of the interface.
+fn qdiscs(what: &str, ifindex: u32) -> Result<Vec<(Header, Vec<u8>)>, NetlinkError> {
+    let request = Header::default().message().into_bytes();
+    let mut found = Vec::new();
+    for (kind, message) in Connection::open(what)?.dump(what, RTM_GETQDISC, &request)? {
+        let header =
+            Header::parse(&message).ok_or_else(|| malformed(what, "short qdisc message"))?;
+        // The dump is of all interfaces, whatever the request names.
+        if kind == RTM_NEWQDISC && header.ifindex == ifindex {
+            found.push((header, message));
+        }
+    }
+    Ok(found)
+}
+
 /// The clsact (or ingress) qdisc of the interface.
 pub fn hook_qdisc(ifindex: u32) -> Result<Option<HookQdisc>, NetlinkError> {
     let what = format!("list the qdiscs of interface {ifindex}");
-    let request = Header::default().message().into_bytes();
-    for (kind, message) in Connection::open(&what)?.dump(&what, RTM_GETQDISC, &request)? {
-        let header =
-            Header::parse(&message).ok_or_else(|| malformed(&what, "short qdisc message"))?;
-        // The dump is of all interfaces, whatever the request names.
-        if kind != RTM_NEWQDISC || header.ifindex != ifindex || header.parent != TC_H_CLSACT {
-            continue;
-        }
-        let attributes =
-            Attributes::after(HEADER, &message).map_err(|error| malformed(&what, error))?;
-        let block = |hook, attribute| {
-            let number = attributes.u32(attribute).filter(|number| *number != 0)?;
-            Some((hook, number))
-        };
-        return Ok(Some(HookQdisc {
-            kind: attributes.string(TCA_KIND).unwrap_or_default(),
-            shared_blocks: [
-                block(Hook::Egress, TCA_EGRESS_BLOCK),
-                block(Hook::Ingress, TCA_INGRESS_BLOCK),
-            ]
-            .into_iter()
-            .flatten()
-            .collect(),
-        }));
-    }
-    Ok(None)
+    let found = qdiscs(&what, ifindex)?
+        .into_iter()
+        .find(|(header, _)| header.parent == TC_H_CLSACT);
+    let Some((_, message)) = found else {
+        return Ok(None);
+    };
+    let attributes =
+        Attributes::after(HEADER, &message).map_err(|error| malformed(&what, error))?;
+    let block = |hook, attribute| {
+        let number = attributes.u32(attribute).filter(|number| *number != 0)?;
+        Some((hook, number))
+    };
+    Ok(Some(HookQdisc {
+        kind: attributes.string(TCA_KIND).unwrap_or_default(),
+        shared_blocks: [
+            block(Hook::Egress, TCA_EGRESS_BLOCK),
+            block(Hook::Ingress, TCA_INGRESS_BLOCK),
+        ]
+        .into_iter()
+        .flatten()
+        .collect(),
+    }))
 }
 
 /// Whether the interface has a clsact qdisc.
@@ -523,21 +534,13 @@ pub fn change_fq(ifindex: u32, queues: u32, limits: FqLimits) -> Result<(), Netl
 /// Whether the qdiscs of an interface are still of the kinds that [`add_fq`] gave it.
 pub fn has_fq(ifindex: u32, queues: u32) -> Result<bool, NetlinkError> {
     let what = format!("list the qdiscs of interface {ifindex}");
-    let request = Header::default().message().into_bytes();
     let mut fq = 0;
-    for (kind, message) in Connection::open(&what)?.dump(&what, RTM_GETQDISC, &request)? {
-        let header =
-            Header::parse(&message).ok_or_else(|| malformed(&what, "short qdisc message"))?;
-        // The dump is of all interfaces, whatever the request names.
-        if kind != RTM_NEWQDISC
-            || header.ifindex != ifindex
-            || !fq_parents(queues).any(|parent| parent == header.parent)
-        {
-            continue;
+    for (header, message) in qdiscs(&what, ifindex)? {
+        if fq_parents(queues).any(|parent| parent == header.parent) {
+            let attributes =
+                Attributes::after(HEADER, &message).map_err(|error| malformed(&what, error))?;
+            fq += usize::from(attributes.string(TCA_KIND).as_deref() == Some("fq"));
         }
-        let attributes =
-            Attributes::after(HEADER, &message).map_err(|error| malformed(&what, error))?;
-        fq += usize::from(attributes.string(TCA_KIND).as_deref() == Some("fq"));
     }
     Ok(fq == fq_parents(queues).count())
 }
@@ -595,44 +598,29 @@ pub struct QdiscStats {
 /// `net/sched/sch_mq.c`).
 pub fn root_stats(ifindex: u32) -> Result<QdiscStats, NetlinkError> {
     let what = format!("read the counters of the qdisc of interface {ifindex}");
-    let request = Header {
-        ifindex,
-        ..Header::default()
-    }
-    .message()
-    .into_bytes();
-    for (_, message) in Connection::open(&what)?.dump(&what, RTM_GETQDISC, &request)? {
-        let Some(header) = Header::parse(&message) else {
-            continue;
-        };
-        if header.ifindex != ifindex || header.parent != TC_H_ROOT {
-            continue;
-        }
-        let attributes = Attributes::after(HEADER, &message)
-            .and_then(|attributes| attributes.nested(TCA_STATS2))
-            .map_err(|error| malformed(&what, &error))?;
-        // struct gnet_stats_queue: qlen, backlog, drops, requeues, overlimits.
-        let queue = attributes.get(TCA_STATS_QUEUE).unwrap_or_default();
-        let field = |at: usize| {
-            queue
-                .get(at..at + 4)
-                .and_then(|bytes| bytes.try_into().ok())
-                .map_or(0, |bytes| u64::from(u32::from_ne_bytes(bytes)))
-        };
-        // struct gnet_stats_basic: bytes (64 bits), packets.
-        let sent = attributes
-            .get(TCA_STATS_BASIC)
-            .and_then(|basic| basic.get(8..12))
-            .and_then(|bytes| bytes.try_into().ok())
-            .map_or(0, |bytes| u64::from(u32::from_ne_bytes(bytes)));
-        return Ok(QdiscStats {
-            sent_packets: sent,
-            queued_packets: field(0),
-            queued_bytes: field(4),
-            dropped_packets: field(8),
-        });
-    }
-    Ok(QdiscStats::default())
+    let root = qdiscs(&what, ifindex)?
+        .into_iter()
+        .find(|(header, _)| header.parent == TC_H_ROOT);
+    let Some((_, message)) = root else {
+        return Ok(QdiscStats::default());
+    };
+    let statistics = Attributes::after(HEADER, &message)
+        .and_then(|attributes| attributes.nested(TCA_STATS2))
+        .map_err(|error| malformed(&what, &error))?;
+    // struct gnet_stats_queue: qlen, backlog, drops, requeues, overlimits; struct gnet_stats_basic: bytes (64 bits),
+    // packets.
+    let field = |attribute: u16, at: usize| {
+        statistics
+            .get(attribute)
+            .and_then(|bytes| bytes.get(at..at + 4)?.try_into().ok())
+            .map_or(0, |bytes| u64::from(u32::from_ne_bytes(bytes)))
+    };
+    Ok(QdiscStats {
+        queued_packets: field(TCA_STATS_QUEUE, 0),
+        queued_bytes: field(TCA_STATS_QUEUE, 4),
+        dropped_packets: field(TCA_STATS_QUEUE, 8),
+        sent_packets: field(TCA_STATS_BASIC, 8),
+    })
 }
 
 #[cfg(test)]

@@ -14,14 +14,12 @@ use anyhow::{Context, Result, ensure};
 
 use super::{
     netns::Netns,
-    packet_socket::{last_error, open, set_option},
+    packet_socket::{PACKET_VNET_HDR, last_error, open, set_option},
     wait::wait_until,
 };
 
 /// Every protocol, as `socket(2)` takes it (`ETH_P_ALL`).
 const ETH_ALL: u16 = 3;
-/// `PACKET_VNET_HDR` (`include/uapi/linux/if_packet.h`).
-const PACKET_VNET_HDR: libc::c_int = 15;
 /// `struct virtio_net_hdr` (`include/uapi/linux/virtio_net.h`): flags, GSO type, three lengths, the checksum's
 /// start and offset.
 const VNET_HEADER: usize = 10;

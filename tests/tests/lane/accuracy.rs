@@ -24,8 +24,13 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 const DELAYS_MS: [u16; 4] = [1, 10, 50, 200];
-/// Worse than netem by at most so much.
+/// Worse than netem by at most so much, where a packet's way without any delay takes less than a third of it.
 const WORSE_MS: f64 = 0.2;
+/// A lane is a longer way, by twice what a packet's way without any delay takes (measured: 1.1 to 1.9 times), which on an
+/// emulated machine with busy neighbours is more than all that is allowed elsewhere.
+const BARE_SHARE: f64 = 3.0;
+/// A delay that is kept by the kernel's tick, of 4 ms, would be late by half of it.
+const TICK_MS: f64 = 2.0;
 /// Probes of a kind in a round.
 const TURNS: u32 = 60;
 /// An emulated machine may have something else to do for seconds: where the medians are apart after a round,
@@ -77,6 +82,11 @@ fn a_delay_is_as_exact_as_netem_s() -> Result<()> {
                     ensure!(
                         worse.is_empty(),
                         "{direction}, IPv6 {v6}, after {round} rounds: {worse:?}"
+                    );
+                    let allowed = allowed(&times);
+                    ensure!(
+                        allowed < TICK_MS,
+                        "this machine is so slow that {allowed:.3} ms are allowed"
                     );
                     break;
                 }
@@ -144,13 +154,19 @@ fn middles(times: &[Times]) -> Vec<(Middles, String)> {
     all
 }
 
+/// By how much our median error may be more than netem's.
+fn allowed(times: &[Times]) -> f64 {
+    WORSE_MS.max(BARE_SHARE * median(&times[0].one_way))
+}
+
 /// Where our median error is more than what is allowed over netem's.
 fn compare(times: &[Times]) -> Vec<String> {
+    let allowed = allowed(times);
     middles(times)
         .into_iter()
         .filter(|(middles, _)| {
             let error = |taken: f64| (taken - middles.bare - middles.asked).abs();
-            error(middles.ours) > error(middles.netem) + WORSE_MS
+            error(middles.ours) > error(middles.netem) + allowed
         })
         .map(|(middles, line)| format!("{line}: {middles}"))
         .collect()

@@ -53,10 +53,29 @@ pub(crate) fn tests() -> Vec<Trial> {
     ]
 }
 
+/// Datagrams of one super-packet.
+const SEGMENTS: u32 = 40;
+/// Datagrams of a burst.
+const COUNT: u32 = 64 * SEGMENTS;
+
+/// Sends 64 super-packets at once, of which all arrive, in order.
+fn burst_arrives(path: &Timed) -> Result<()> {
+    // From one CPU: a veth hands over to the backlog of whatever CPU sends, which may overtake another's.
+    on_one_cpu(|| path.send_super_packets(1..=COUNT, SEGMENTS as usize, 1400))?;
+    let arrived = path.receive(
+        COUNT as usize,
+        Duration::from_millis(20),
+        Duration::from_secs(20),
+    )?;
+    ensure!(
+        arrived.iter().map(|one| one.number).eq(1..=COUNT),
+        "lost, doubled or out of order: {arrived:?}"
+    );
+    Ok(())
+}
+
 /// Super-packets of forty, both as they are and cut up, in both directions and families.
 fn sixty_four_super_packets_at_once() -> Result<()> {
-    const SEGMENTS: u32 = 40;
-    const COUNT: u32 = 64 * SEGMENTS;
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
@@ -81,21 +100,11 @@ fn sixty_four_super_packets_at_once() -> Result<()> {
         } else {
             Timed::v4(from, 6000, to, 7000)?
         };
-        // From one CPU: a veth hands over to the backlog of whatever CPU sends, which may overtake another's.
-        on_one_cpu(|| path.send_super_packets(1..=COUNT, SEGMENTS as usize, 1400))?;
-        let arrived = path.receive(
-            COUNT as usize,
-            Duration::from_millis(20),
-            Duration::from_secs(20),
-        )?;
-        ensure!(
-            arrived.iter().map(|one| one.number).eq(1..=COUNT),
-            "{direction} {more}, IPv6 {v6}: lost, doubled or out of order: {arrived:?}"
-        );
+        burst_arrives(&path).with_context(|| format!("{direction} {more}, IPv6 {v6}"))?;
         let stats = injector.stats()?;
         let rule = stats.rule("slow")?;
         ensure!(
-            rule.egress.delayed_packets + rule.ingress.delayed_packets == u64::from(COUNT),
+            rule.both(|one| one.delayed_packets) == u64::from(COUNT),
             "{rule:?}"
         );
         stats.lanes_lost_nothing()?;
@@ -177,8 +186,6 @@ fn eight_streams(a: &Node, b: &Node, in_order: bool) -> Result<()> {
 /// What arrives and has nothing to wait for is cut up and comes back to the CPU's backlog within the interrupt in which
 /// it came: eight streams, and 64 super-packets at once.
 fn what_arrives_undelayed_is_not_lost() -> Result<()> {
-    const SEGMENTS: u32 = 40;
-    const COUNT: u32 = 64 * SEGMENTS;
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     b.make_clsact()?;
@@ -197,16 +204,7 @@ fn what_arrives_undelayed_is_not_lost() -> Result<()> {
     };
     transfer.run(a, b, 7001)?;
     let path = Timed::v4(a, 6000, b, 7000)?;
-    on_one_cpu(|| path.send_super_packets(1..=COUNT, SEGMENTS as usize, 1400))?;
-    let arrived = path.receive(
-        COUNT as usize,
-        Duration::from_millis(20),
-        Duration::from_secs(20),
-    )?;
-    ensure!(
-        arrived.iter().map(|one| one.number).eq(1..=COUNT),
-        "lost, doubled or out of order: {arrived:?}"
-    );
+    burst_arrives(&path)?;
     let dropped = backlog_drops()? - dropped;
     ensure!(dropped == 0, "backlogs dropped {dropped} packets");
     let stats = injector.stats()?;

@@ -115,8 +115,8 @@ fn exactly_the_drawn_packets_are_lost() -> Result<()> {
                 let stats = injector.stats()?;
                 let rule = stats.rule("lossy")?;
                 let (matched, gone) = (
-                    rule.egress.matched_packets + rule.ingress.matched_packets,
-                    rule.egress.lost_packets + rule.ingress.lost_packets,
+                    rule.both(|one| one.matched_packets),
+                    rule.both(|one| one.lost_packets),
                 );
                 ensure!(
                     matched == u64::from(COUNT) && gone == u64::try_from(lost.len())?,
@@ -177,7 +177,7 @@ fn exactly_the_drawn_packets_are_duplicated() -> Result<()> {
         }
         let stats = injector.stats()?;
         let rule = stats.rule("double")?;
-        let copies = rule.egress.copies + rule.ingress.copies;
+        let copies = rule.both(|one| one.copies);
         ensure!(copies == 2 * u64::try_from(doubled.len())?, "{rule:?}");
         stats.lanes_lost_nothing()?;
         injector.heal("double")?;

@@ -7,8 +7,10 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
 use tests::lab::{
+    frame::{Layer4, Packet, flag},
     injector::{Injector, Mode},
     lent::Lent,
+    packet_socket::Sender,
     snapshot::Snapshot,
     timed::{Timed, delays},
     topology::Lab,
@@ -33,6 +35,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             "life::a_flush_drops_copies_and_not_originals",
             NEEDS,
             a_flush_drops_copies_and_not_originals,
+        ),
+        trial(
+            "life::a_flush_counts_segments_that_the_kernel_has_not_counted",
+            NEEDS,
+            a_flush_counts_segments_that_the_kernel_has_not_counted,
         ),
         trial(
             "life::order_is_kept_when_one_of_two_rules_ends",
@@ -239,6 +246,42 @@ fn a_flush_drops_copies_and_not_originals() -> Result<()> {
         "{arrived:?} after {taken:?}"
     );
     injector.stats()?.lanes_lost_nothing()
+}
+
+/// Super-packets as virtual machines send them: in the lane as they came, and dropped at its exit.
+fn a_flush_counts_segments_that_the_kernel_has_not_counted() -> Result<()> {
+    const PACKETS: u32 = 5;
+    const SEGMENTS: u64 = 3;
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Lent::new()?;
+    injector.add(&format!(
+        "slow --netns {} --iface eth0 --to {} --peer-port 7000 --proto tcp --delay 1500ms",
+        a.netns(),
+        b.v4
+    ))?;
+    let sender = Sender::open(&a.ns)?;
+    for number in 1..=PACKETS {
+        // Two segments of 1,000 bytes, and a last one of 960, which with the headers would be more.
+        let frame = Packet::new(a.v4, b.v4, Layer4::Tcp(6000, 7000, flag::ACK))
+            .length(20 + 20 + 2960)
+            .frame(number);
+        sender.send_uncounted(&frame, 1000)?;
+    }
+    let all = u64::from(PACKETS) * SEGMENTS;
+    let matched = injector
+        .stats()?
+        .rule("slow")?
+        .both(|one| one.matched_packets);
+    ensure!(matched == all, "{matched} of {all} segments matched");
+    injector.json(&["heal", "slow", "--flush"])?;
+    wait_until("they are dropped", Duration::from_secs(10), || {
+        let stats = injector.stats()?;
+        let dropped = stats.flushes.first().map(|flush| flush.egress_packets);
+        ensure!(dropped.is_some(), "the flush ended early: {stats:?}");
+        Ok(dropped == Some(all))
+    })
 }
 
 /// What stays is a rule that needs no lane by itself: later packets wait for held ones all the same.

@@ -266,8 +266,7 @@ fn chosen_packets_are_held_back_and_no_others() -> Result<()> {
         let stats = injector.stats()?;
         let rule = stats.rule("shuffle")?;
         ensure!(
-            rule.egress.reordered_packets + rule.ingress.reordered_packets
-                == u64::try_from(expected.len())?,
+            rule.both(|one| one.reordered_packets) == u64::try_from(expected.len())?,
             "{rule:?}"
         );
         stats.lanes_lost_nothing()?;

@@ -90,10 +90,7 @@ fn packets_are_delayed_and_the_host_is_as_before() -> Result<()> {
         );
         let stats = injector.stats()?;
         let rule = stats.rule("slow")?;
-        ensure!(
-            rule.egress.delayed_packets + rule.ingress.delayed_packets == 50,
-            "{rule:?}"
-        );
+        ensure!(rule.both(|one| one.delayed_packets) == 50, "{rule:?}");
         stats.lanes_lost_nothing()?;
         injector.heal("slow")?;
         wait_until("the host is as before", Duration::from_secs(5), || {

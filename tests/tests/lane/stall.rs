@@ -98,8 +98,7 @@ fn what_is_held_comes_in_a_burst_and_in_order() -> Result<()> {
         // The first was sent soon after the rule was made.
         ensure!(taken[0] > 1200.0 && taken[0] < 2100.0, "{}", taken[0]);
         ensure!(
-            rule.egress.stalled_packets + rule.ingress.stalled_packets
-                == u64::from(SINGLE + TOGETHER),
+            rule.both(|one| one.stalled_packets) == u64::from(SINGLE + TOGETHER),
             "{rule:?}"
         );
         // What the rule says that the first packet got is what it was seen to get, but for the way.
