@@ -14,7 +14,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -31,6 +31,9 @@ const ETHERNET: usize = 14;
 const TCP: u8 = 6;
 const FIN: u8 = 1;
 const SYN: u8 = 2;
+/// A capture ends when nothing has come for so long: what a sender has sent twice may be on its way when all else has
+/// arrived, or in the backlog of another CPU.
+const QUIET: Duration = Duration::from_millis(250);
 /// The lab's MTU where a test asks for nothing else.
 const MTU: usize = 1500;
 
@@ -137,6 +140,7 @@ impl Drop for Capture {
 
 fn collect(socket: &OwnedFd, port: u16, stop: &AtomicBool) -> Result<BTreeMap<u16, Seen>> {
     let mut seen: BTreeMap<u16, Seen> = BTreeMap::new();
+    let mut latest = Instant::now();
     loop {
         // Asked before looking, so that what had arrived by then is seen.
         let last = stop.load(Ordering::Relaxed);
@@ -156,7 +160,7 @@ fn collect(socket: &OwnedFd, port: u16, stop: &AtomicBool) -> Result<BTreeMap<u1
                 error.kind() == io::ErrorKind::WouldBlock,
                 "capturing: {error}"
             );
-            if last {
+            if last && latest.elapsed() > QUIET {
                 break;
             }
             thread::sleep(Duration::from_micros(500));
@@ -165,6 +169,7 @@ fn collect(socket: &OwnedFd, port: u16, stop: &AtomicBool) -> Result<BTreeMap<u1
         let Some(segment) = segment(&bytes[..length], port) else {
             continue;
         };
+        latest = Instant::now();
         let connection = seen.entry(segment.from).or_default();
         // What acknowledges the other end's FIN is sent by no socket any more, and has a number of another kind
         // (`tcp_v4_timewait_ack`, net/ipv4/tcp_ipv4.c, 6.1).
