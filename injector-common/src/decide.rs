@@ -325,14 +325,13 @@ pub fn pass<P: Packet, T: Tables>(packet: &mut P, meta: Meta, tables: &T) -> Out
     };
     // SAFETY: valid by `Tables`, and the caller's alone.
     let counters = unsafe { &mut *counters };
-    // Where the kernel has not counted the segments of a super-packet, its headers say how many there are.
-    let uncounted = meta.gso_size != 0 && meta.gso_segs == 0;
-    if bitmap == BITMAP_EMPTY && track == 0 && lane == 0 && !uncounted {
-        let packets = if meta.gso_segs > 1 {
-            u64::from(meta.gso_segs)
-        } else {
-            1
-        };
+    let counted = if bitmap == BITMAP_EMPTY && track == 0 && lane == 0 {
+        meta.counted()
+    } else {
+        None
+    };
+    if let Some(packets) = counted {
+        let packets = u64::from(packets);
         counters.seen_packets += packets;
         counters.seen_bytes += u64::from(meta.length);
         counters.passed_packets += packets;

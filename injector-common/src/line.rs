@@ -278,17 +278,26 @@ impl Part for Deciding {
         if work.line.free == 0 {
             let mut last = 0;
             for copy in 1..SENT {
-                let behind = behind(&work.line, copy);
-                if behind > last {
-                    last = behind;
+                if copy > work.line.copies as usize {
+                    break;
+                }
+                // Copies without a delay of their own travel with the original, as close as lines let them.
+                if work.line.after_ns[copy] == 0 && work.line.leaves_ns[copy] != 0 {
+                    work.line.in_order |= 1 << copy;
+                    let behind = behind(&work.line, copy);
+                    if behind > last {
+                        last = behind;
+                    }
                 }
             }
             keep_order(tables, work, last);
-            for copy in 1..SENT {
-                if travels_along(&work.line, copy) {
-                    work.line.leaves_ns[copy] = work.line.leaves_ns[0] + behind(&work.line, copy);
-                    work.line.holders[copy] = work.line.holders[0];
-                    work.line.in_order |= 1 << copy;
+            if work.line.in_order != 0 {
+                for copy in 1..SENT {
+                    if work.line.in_order >> copy & 1 != 0 {
+                        work.line.leaves_ns[copy] =
+                            work.line.leaves_ns[0] + behind(&work.line, copy);
+                        work.line.holders[copy] = work.line.holders[0];
+                    }
                 }
             }
         }
@@ -296,21 +305,10 @@ impl Part for Deciding {
     }
 }
 
-/// Whether a copy travels with the original, as close as lines let it: one without a delay of its own does, where order
-/// is kept.
-#[inline(always)]
-const fn travels_along(line: &Line, copy: usize) -> bool {
-    line.after_ns[copy] == 0 && line.leaves_ns[copy] != 0 && copy <= line.copies as usize
-}
-
-/// How much later than the original a copy is through the lines, if it travels with it.
+/// How much later than the original a copy is through the lines.
 #[inline(always)]
 const fn behind(line: &Line, copy: usize) -> u64 {
-    if travels_along(line, copy) {
-        line.through_ns[copy].saturating_sub(line.through_ns[0])
-    } else {
-        0
-    }
+    line.through_ns[copy].saturating_sub(line.through_ns[0])
 }
 
 /// Lets no packet leave before an earlier one of its flow whose order is kept; the last of its copies that travel with

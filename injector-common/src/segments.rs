@@ -32,6 +32,24 @@ pub struct Meta {
 /// include/linux/skbuff.h.
 pub const GSO_BY_FRAGS: u32 = 0xffff;
 
+impl Meta {
+    /// How many wire packets the skb is, at least 1; `None` where only its headers tell, since the kernel has not counted
+    /// the segments of a super-packet (those of virtual machines come that way).
+    #[inline(always)]
+    #[must_use]
+    pub const fn counted(&self) -> Option<u32> {
+        if self.gso_size == 0 {
+            Some(1)
+        } else if self.gso_segs != 0 {
+            Some(self.gso_segs)
+        } else if self.gso_size == GSO_BY_FRAGS {
+            Some(1)
+        } else {
+            None
+        }
+    }
+}
+
 /// The wire packets of one skb.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Segments {
@@ -51,12 +69,9 @@ impl Segments {
         let length = meta.length.saturating_sub(parsed.network_offset);
         let headers = parsed.network_length + parsed.upper_length;
         let payload = length.saturating_sub(headers);
-        let count = if meta.gso_size == 0 {
-            1
-        } else if meta.gso_segs != 0 || meta.gso_size == GSO_BY_FRAGS {
-            meta.gso_segs
-        } else {
-            payload.div_ceil(meta.gso_size)
+        let count = match meta.counted() {
+            Some(count) => count,
+            None => payload.div_ceil(meta.gso_size),
         };
         if count <= 1 {
             let length = if parsed.stated_length != 0 {

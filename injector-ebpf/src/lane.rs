@@ -459,23 +459,17 @@ unsafe fn note_holders(skb: *mut __sk_buff, held_by: u64) {
     }
 }
 
-/// How many wire packets an skb is: where the kernel has not counted the segments of one (those of virtual machines
-/// come that way), by its headers.
+/// How many wire packets an skb is.
 #[inline(always)]
 fn wire_packets(ctx: &TcContext) -> u64 {
-    // SAFETY: the context is the program's own; a TC program may read these fields.
-    let (size, segments) = unsafe { ((*ctx.skb.skb).gso_size, (*ctx.skb.skb).gso_segs) };
-    let segments = if size == 0 {
-        1
-    } else if segments != 0 {
-        segments
-    } else {
-        uncounted(ctx)
+    let packets = match skb::meta(ctx, hook::EGRESS).counted() {
+        Some(packets) => packets,
+        None => uncounted(ctx),
     };
-    u64::from(if segments > 1 { segments } else { 1 })
+    u64::from(packets)
 }
 
-/// Segments that an skb will become; a function of its own, since only few packets need it.
+/// The same by its headers; a function of its own, since only few packets need it.
 #[inline(never)]
 fn uncounted(ctx: &TcContext) -> u32 {
     let meta = skb::meta(ctx, hook::EGRESS);

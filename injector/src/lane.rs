@@ -48,13 +48,9 @@ const COMING_UP: Duration = Duration::from_secs(5);
 /// How long the queue may take to empty when nothing is held any more.
 const EMPTYING: Duration = Duration::from_millis(500);
 
-/// Name of the carrier's filter.
-const CARRIER_FILTER: &str = "injector_carrier";
-/// Name of the line's filter.
-const LINE_FILTER: &str = "injector_line";
-/// Preference of either.
+/// Preference of our filters.
 const PRIORITY: u16 = 1;
-/// Handle of either.
+/// Handle of our filters.
 const HANDLE: u32 = 1;
 
 /// Why there is no lane.
@@ -266,8 +262,8 @@ impl Lane {
             lacking("the fq qdisc", "sch_fq", source).unwrap_or_else(|source| self.failed(source))
         })?;
         for (index, program, name) in [
-            (carrier, config.carrier, CARRIER_FILTER),
-            (line, config.line, LINE_FILTER),
+            (carrier, config.carrier, "injector_carrier"),
+            (line, config.line, "injector_line"),
         ] {
             netlink::add_clsact(index)
                 .and_then(|_| {

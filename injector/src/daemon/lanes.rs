@@ -123,8 +123,8 @@ fn longest_hold<'a>(rules: impl Iterator<Item = &'a Record>, key: &TargetKey) ->
 }
 
 impl<P: Plane, H: Host> State<P, H> {
-    /// Makes the lanes that new rules need and that are not there, or not whole. Returns those made; after an error there are
-    /// none of them.
+    /// Makes the lanes that new rules need and that are not there, or not whole. Returns those made; after an error
+    /// there are none of them.
     pub(super) fn make_lanes(
         &mut self,
         rules: &[(Rule, Vec<Place>)],
@@ -155,16 +155,12 @@ impl<P: Plane, H: Host> State<P, H> {
         }
         let mut made = Vec::new();
         for (id, (need, netns)) in wanted {
-            let damaged = match self.lanes.get(&id) {
-                Some(record) if record.damage.is_none() => continue,
-                Some(_) => self.lanes.remove(&id),
-                None => None,
-            };
-            // What is left of it makes room for a new one, and stands for it until there is one.
-            if let Some(mut record) = damaged {
-                let removed = self.host.remove_lane(&mut record.lane);
-                self.lanes.insert(id, record);
-                if let Err(error) = removed {
+            if let Some(record) = self.lanes.get_mut(&id) {
+                if record.damage.is_none() {
+                    continue;
+                }
+                // What is left of it makes room for a new one. Its record stands until there is one.
+                if let Err(error) = self.host.remove_lane(&mut record.lane) {
                     self.remove_lanes(made);
                     return Err(ErrorBody {
                         message: format!("{}; nothing was changed", error.message),

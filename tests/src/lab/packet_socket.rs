@@ -181,9 +181,7 @@ impl Sender {
             )))
         }
     }
-}
 
-impl Sender {
     /// Sends a TCP packet over IPv4, without options of either, as it comes from a virtual machine: a super-packet of
     /// segments of `size` bytes whose number the kernel has not counted (`virtio_net_hdr_to_skb`,
     /// `include/linux/virtio_net.h`).

@@ -6,13 +6,12 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 use tests::lab::{
-    command,
     injector::{Injector, Stats},
     lent::Lent,
     netns::Netns,
     tcp,
     timed::{Timed, delays},
-    topology::{Lab, Node},
+    topology::Lab,
     transcript::report,
     trial::{Need, trial},
     wait::wait_until,
@@ -56,24 +55,13 @@ fn counter(ns: &Netns, name: &str) -> Result<u64> {
         .with_context(|| format!("nstat does not say {name}: {text}"))
 }
 
-/// Has the packets that arrive at a node received by CPU 0. `ip netns exec` mounts the namespace's own sysfs.
-fn steer_to_one_cpu(node: &Node) -> Result<()> {
-    let mut command = std::process::Command::new("ip");
-    command.args(["netns", "exec", node.netns(), "sh", "-c"]);
-    command.arg("echo 1 > /sys/class/net/eth0/queues/rx-0/rps_cpus");
-    command::run(command, command::DEADLINE)?
-        .success()
-        .map(drop)
-}
-
 fn eight_streams_share_the_cpus_and_keep_their_order() -> Result<()> {
     const BYTES: usize = 2 << 20;
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
-    // A veth receives on the CPU that sends, and two CPUs that take turns at a queue would overtake each other in
-    // their backlogs, with or without an injector. Steered to one CPU (RPS), packets arrive as they were sent.
-    steer_to_one_cpu(b)?;
+    // Steady: two CPUs that take turns at a queue would overtake each other in their backlogs, with or without an
+    // injector.
     let injector = Lent::new()?;
     // By the segmenter too: each wire packet of its own.
     for more in ["", "--jitter 2ms"] {

@@ -3,27 +3,20 @@
 use std::time::Duration;
 
 use injector::rules::model::{Fault, Selector};
-use libtest_mimic::{Completion, Failed, Trial};
+use libtest_mimic::Trial;
 use tests::{
     model::{Packet, Subject as _},
     subject::Kernel,
 };
 
-use super::{out, rule, setup, udp, v4};
+use super::{of_kernel, out, rule, setup, udp, v4};
 
 pub(super) fn trial() -> Trial {
-    Trial::ignorable_test("kernel::idle_state_is_collected", || {
-        if let Some(reason) = Kernel::missing() {
-            return Ok(Completion::ignored_with(reason));
-        }
-        collected().map_err(|error| Failed::from(format!("{error:#}")))?;
-        Ok(Completion::Completed)
-    })
+    of_kernel("kernel::idle_state_is_collected", collected)
 }
 
-fn collected() -> anyhow::Result<()> {
+fn collected(kernel: &mut Kernel) -> anyhow::Result<()> {
     let packet = out(v4(udp(1, 2)));
-    let mut kernel = Kernel::new()?;
     // A flow that was forgotten counts from 1 again; a shot that was fired stays fired.
     for (fault, fates) in [
         (Fault::DropNth(1), [true, true]),
@@ -31,18 +24,8 @@ fn collected() -> anyhow::Result<()> {
     ] {
         kernel.install(&setup(vec![rule(fault.clone(), Selector::default())]))?;
         for (round, cut) in fates.into_iter().enumerate() {
-            expect(
-                &mut kernel,
-                &packet,
-                cut,
-                &format!("{fault:?}, round {round}"),
-            )?;
-            expect(
-                &mut kernel,
-                &packet,
-                false,
-                &format!("{fault:?}, round {round}"),
-            )?;
+            expect(kernel, &packet, cut, &format!("{fault:?}, round {round}"))?;
+            expect(kernel, &packet, false, &format!("{fault:?}, round {round}"))?;
             let states = kernel.collect(Duration::ZERO)?.idle_states;
             anyhow::ensure!(states == 1, "{fault:?}: {states} states were idle");
         }

@@ -18,6 +18,7 @@ use libtest_mimic::{Completion, Failed, Trial};
 use tests::{
     generate::{Extension, Frame, Network, Transport, flag, plain_rule},
     model::{Exemption, Hook, InForce, Link, Packet, RuleOutcome, Setup, Subject, Target},
+    subject::Kernel,
 };
 
 use crate::subjects::{Entry, MODEL, OTHERS};
@@ -392,6 +393,19 @@ pub(crate) fn trials() -> Vec<Trial> {
         }
     }
     trials
+}
+
+/// A trial of the kernel alone, which looks at more than fates.
+fn of_kernel(name: &'static str, test: fn(&mut Kernel) -> anyhow::Result<()>) -> Trial {
+    Trial::ignorable_test(name, move || {
+        if let Some(reason) = Kernel::missing() {
+            return Ok(Completion::ignored_with(reason));
+        }
+        Kernel::new()
+            .and_then(|mut kernel| test(&mut kernel))
+            .map_err(|error| Failed::from(format!("{error:#}")))?;
+        Ok(Completion::Completed)
+    })
 }
 
 fn run(entry: &Entry, cases: &[Case]) -> Result<Completion, Failed> {

@@ -1,27 +1,20 @@
 //! What is counted where no rule acts.
 
 use injector::rules::model::{Direction, Fault, Selector};
-use libtest_mimic::{Completion, Failed, Trial};
+use libtest_mimic::Trial;
 use tests::{
     model::{Hook, Packet, Subject as _},
     subject::Kernel,
 };
 
-use super::{ETHERNET, faults::bulk, rule, setup};
+use super::{ETHERNET, faults::bulk, of_kernel, rule, setup};
 
 pub(super) fn trial() -> Trial {
-    Trial::ignorable_test("kernel::unfaulted_super_packets_are_counted", || {
-        if let Some(reason) = Kernel::missing() {
-            return Ok(Completion::ignored_with(reason));
-        }
-        counted().map_err(|error| Failed::from(format!("{error:#}")))?;
-        Ok(Completion::Completed)
-    })
+    of_kernel("kernel::unfaulted_super_packets_are_counted", counted)
 }
 
 /// Ten wire packets each, whether the kernel has counted them or not, where rules act and where none does.
-fn counted() -> anyhow::Result<()> {
-    let mut kernel = Kernel::new()?;
+fn counted(kernel: &mut Kernel) -> anyhow::Result<()> {
     let selector = Selector {
         direction: Direction::Egress,
         ..Selector::default()
