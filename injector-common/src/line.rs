@@ -50,6 +50,10 @@ pub struct Entry {
     pub complete: u32,
     /// Packets that have reached the line: what does not was lost on the way there.
     pub arrived: u32,
+    /// Packets of whatever targets that lanes have meanwhile let leave on this CPU, of those that leave their host.
+    pub left: u64,
+    /// Those of them that came back to their target's hook: the others were lost on the way there.
+    pub back: u64,
 }
 
 /// A sender's wish for a later departure counts up to so far ahead, nanoseconds: as far as fq honours it with its
@@ -121,8 +125,10 @@ pub struct Line {
     pub drawn: u32,
     /// Whether it was chosen before.
     pub taken: u32,
-    /// By copy: whether it leaves in order, behind the original and before later packets of the flow, one bit each.
+    /// By copy, the original first: whether it leaves in its flow's order, one bit each.
     pub in_order: u32,
+    /// The last copy of those that leave in order: the one that leaves last of them; 0 is the original.
+    pub last: u32,
     /// Numbers of the bits that were chosen.
     pub chosen: [u32; MAX_BITS as usize],
     /// Their positions ([`crate::corrupt`]).
@@ -242,6 +248,7 @@ impl Part for Deciding {
         line.lost = 0;
         line.copies = 0;
         line.in_order = 0;
+        line.last = 0;
         line.free = 0;
         line.stages = 0;
         line.mark = 0;
@@ -268,40 +275,63 @@ impl Part for Deciding {
         } else {
             work.line.leaves_ns[0] = work.line.begin_ns;
         }
-        if work.line.leaves_ns[0] == 0 {
-            return if work.line.copies == 0 {
-                LOST
-            } else {
-                COPIES_ONLY
-            };
+        if work.line.leaves_ns[0] != 0 {
+            leave_in_order(tables, work);
+            return SENT_ON;
         }
-        if work.line.free == 0 {
-            let mut last = 0;
-            for copy in 1..SENT {
-                if copy > work.line.copies as usize {
-                    break;
-                }
-                // Copies without a delay of their own travel with the original, as close as lines let them.
-                if work.line.after_ns[copy] == 0 && work.line.leaves_ns[copy] != 0 {
-                    work.line.in_order |= 1 << copy;
-                    let behind = behind(&work.line, copy);
-                    if behind > last {
-                        last = behind;
-                    }
-                }
-            }
-            keep_order(tables, work, last);
-            if work.line.in_order != 0 {
-                for copy in 1..SENT {
-                    if work.line.in_order >> copy & 1 != 0 {
-                        work.line.leaves_ns[copy] =
-                            work.line.leaves_ns[0] + behind(&work.line, copy);
-                        work.line.holders[copy] = work.line.holders[0];
-                    }
-                }
+        if work.line.copies == 0 {
+            return LOST;
+        }
+        stand_in(&mut work.line);
+        leave_in_order(tables, work);
+        COPIES_ONLY
+    }
+}
+
+/// Puts the first copy that has found room, and has no delay of its own, in the place of an original that has not.
+#[inline(always)]
+fn stand_in(line: &mut Line) {
+    for copy in 1..SENT {
+        if copy > line.copies as usize {
+            break;
+        }
+        if line.leaves_ns[0] == 0 && line.after_ns[copy] == 0 {
+            line.leaves_ns[0] = line.leaves_ns[copy];
+            line.through_ns[0] = line.through_ns[copy];
+            line.holders[0] = line.holders[copy];
+            line.leaves_ns[copy] = 0;
+        }
+    }
+}
+
+/// Keeps a packet in its flow's order, with the copies that travel with it, as close as lines let them: those without
+/// a delay of their own.
+#[inline(always)]
+fn leave_in_order<T: Tables>(tables: &T, work: &mut Work) {
+    if work.line.free != 0 || work.line.leaves_ns[0] == 0 {
+        return;
+    }
+    work.line.in_order = 1;
+    let mut behind_ns = 0;
+    for copy in 1..SENT {
+        if copy > work.line.copies as usize {
+            break;
+        }
+        if work.line.after_ns[copy] == 0 && work.line.leaves_ns[copy] != 0 {
+            work.line.in_order |= 1 << copy;
+            work.line.last = copy as u32;
+            // Lines let no copy overtake the one before.
+            behind_ns = behind(&work.line, copy);
+        }
+    }
+    keep_order(tables, work, behind_ns);
+    if work.line.last != 0 {
+        for copy in 1..SENT {
+            if work.line.in_order >> copy & 1 != 0 {
+                work.line.leaves_ns[copy] = work.line.leaves_ns[0] + behind(&work.line, copy);
+                work.line.holders[copy] = work.line.holders[0];
             }
         }
-        SENT_ON
     }
 }
 

@@ -99,6 +99,11 @@ pub(crate) fn returned(ctx: &TcContext, direction: u32) -> Returned {
         if marked != direction && !loopback {
             return Returned::Not;
         }
+        if direction == hook::EGRESS
+            && let Some(entry) = tables::entry()
+        {
+            (*entry).back += wire_packets(ctx);
+        }
         (*skb).tc_index = if mark & lane_mark::INDEX != 0 {
             (*skb).hash & INDEX_MASK
         } else {
@@ -113,7 +118,7 @@ pub(crate) fn returned(ctx: &TcContext, direction: u32) -> Returned {
     }
 }
 
-/// Sends the packet through its target's lane, as a clone. Where that fails it passes.
+/// Sends the packet through its target's lane, as a clone. If that does not reach the line, the packet passes.
 #[inline(always)]
 pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
     let skb = ctx.skb.skb;
@@ -154,32 +159,36 @@ pub(crate) fn enter(ctx: &TcContext, direction: u32) -> i32 {
         };
         (packets, cut_up, device)
     };
-    // SAFETY: as above; a TC program may write `tc_index`.
-    let (result, arrived) = unsafe {
-        let before = (*skb).tc_index;
+    // SAFETY: as above; a TC program may write `tc_index` and `cb`.
+    let (arrived, astray) = unsafe {
+        let (index, noted) = ((*skb).tc_index, noted(skb));
         (*skb).tc_index = u32::from(lane_mark::of(slot, direction));
-        let result = bpf_clone_redirect(skb, device, 0);
-        (*skb).tc_index = before;
+        note(skb, UNDECIDED);
+        bpf_clone_redirect(skb, device, 0);
+        (*skb).tc_index = index;
+        note(skb, noted);
         let arrived = u64::from((*entry).arrived);
+        let astray = (*entry).left.saturating_sub((*entry).back);
         *entry = outer;
-        (result, arrived)
+        (arrived, astray)
     };
+    if astray != 0 {
+        tables::count_lost(lost::RETURN, astray);
+    }
     // SAFETY: as above.
     let counters = unsafe { &mut *counters };
-    if result < 0 {
+    // Whatever the reason: out of memory, a device has gone, too many devices without a queue in each other. Not by
+    // what the helper returns, which says nothing of redirects behind the first.
+    if arrived == 0 {
         counters.lane_refused += packets;
         counters.passed_packets += packets;
         return TC_ACT_UNSPEC;
     }
     counters.lane_packets += packets;
-    // The segmenter's carrier sends on by a redirect, which says nothing where it fails: at a depth of more than eight
-    // devices that have no queue (`__bpf_tx_skb`, net/core/filter.c), or because the line has gone. Where the kernel
-    // has not counted the segments, their number here need not be that of its cutting.
+    // Where the kernel has not counted the segments, their number here need not be that of its cutting.
     // SAFETY: the context is the program's own.
     let exact = cut_up && (packets == 1 || u64::from(unsafe { (*skb).gso_segs }) == packets);
-    if arrived == 0 {
-        tables::count_lost(lost::ENTRY, packets);
-    } else if exact && arrived < packets {
+    if exact && arrived < packets {
         tables::count_lost(lost::ENTRY, packets - arrived);
     }
     TC_ACT_STOLEN
@@ -215,18 +224,27 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
         return TC_ACT_STOLEN;
     }
     let from_segmenter = tag == u32::from(lane_vlan::SEGMENTER);
+    // SAFETY: the context is the program's own.
+    let held_by = unsafe { noted(skb) };
     if !from_segmenter {
-        // SAFETY: the context is the program's own.
+        // Somebody has taken the line's program away: the original has passed.
+        if held_by == UNDECIDED {
+            return TC_ACT_STOLEN;
+        }
+        // SAFETY: as above.
         unsafe { release(skb) };
     }
     let (slot, direction) = lane_mark::read(mark);
     let Some(target) = tables::target(u32::from(slot)) else {
+        // What does not reach the line passes at the hook.
+        if !from_segmenter {
+            tables::count_lost(lost::RETURN, wire_packets(ctx));
+        }
         return TC_ACT_STOLEN;
     };
     // SAFETY: the context is the program's own; the target is map memory.
     unsafe {
         if from_segmenter {
-            // What is lost here is counted where it entered.
             if bpf_skb_vlan_pop(skb) != 0 {
                 return TC_ACT_STOLEN;
             }
@@ -237,7 +255,6 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
             tables::count_lost(lost::RETURN, wire_packets(ctx));
             return TC_ACT_STOLEN;
         }
-        let held_by = u64::from((*skb).cb[3]) | u64::from((*skb).cb[4]) << 32;
         if let Some(flushed) = holders::flushing(&tables::Kernel, held_by) {
             holders::count(&tables::Kernel, flushed, direction, wire_packets(ctx));
             return TC_ACT_STOLEN;
@@ -254,6 +271,9 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
         let flags = if direction == hook::INGRESS && (*target).loopback == 0 {
             u64::from(BPF_F_INGRESS)
         } else {
+            if let Some(entry) = tables::entry() {
+                (*entry).left += wire_packets(ctx);
+            }
             0
         };
         bpf_redirect((*target).ifindex, flags) as i32
@@ -293,7 +313,7 @@ pub(crate) fn line(ctx: &TcContext) -> i32 {
             tables::count_lost(lost::STRAY, 1);
             return TC_ACT_STOLEN;
         }
-        note_holders(skb, 0);
+        note(skb, 0);
         let (slot, direction) = lane_mark::read(mark);
         let meta = skb::marked(ctx, slot, direction);
         let brought = Entry {
@@ -332,7 +352,6 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
     // behind the first), so everything that is needed is taken out before.
     unsafe {
         let copies = (*work).line.copies;
-        let free = (*work).line.free;
         let in_order = (*work).line.in_order;
         if (*work).line.mark != 0 {
             mark(ctx, &mut *work);
@@ -343,38 +362,47 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
         let flow = (flow.wrapping_mul(MIX) >> 32) as u32;
         // With an own `tc_index`, a flow has only half of the hash to itself. Packets that may be overtaken need
         // all of it: they would wait for each other.
-        let (flow, index) = if index != 0 && free == 0 {
+        let (flow, index) = if index != 0 && in_order != 0 {
             (flow & !INDEX_MASK | index, 1)
         } else {
             (flow, 0)
         };
-        let (leaves_ns, held_by) = ((*work).line.leaves_ns[0], (*work).line.holders[0]);
-        let alone = |leaves_ns: u64, number: u32| {
-            let mixed = (leaves_ns ^ u64::from(flow)).wrapping_mul(MIX);
-            (mixed >> 32) as u32 ^ number
+        let queued_as = |number: u32, leaves_ns: u64| {
+            if in_order >> number & 1 != 0 {
+                (flow, index)
+            } else {
+                let mixed = (leaves_ns ^ u64::from(flow)).wrapping_mul(MIX);
+                ((mixed >> 32) as u32 ^ number, 0)
+            }
         };
         let depth = (*copy).depth;
+        let mut own = 0;
+        let (mut leaves_ns, mut held_by) = ((*work).line.leaves_ns[0], (*work).line.holders[0]);
         if copies != 0
             && let Some(emission) = tables::emission(depth)
         {
+            // fq looks at a flow as soon as it has a packet, and then lets the flow wait for that one's time
+            // (`fq_dequeue`, net/sched/sch_fq.c). So packets in order are sent in order: the last of them is this one,
+            // which is not queued before the program ends.
+            own = (*work).line.last;
             (*emission).leaves_ns = (*work).line.leaves_ns;
             (*emission).holders = (*work).line.holders;
+            if (own as usize) < SENT {
+                leaves_ns = (*emission).leaves_ns[own as usize];
+                held_by = (*emission).holders[own as usize];
+            }
             (*copy).depth = depth + 1;
-            for number in 1..SENT {
+            for number in 0..SENT {
                 if number as u32 > copies {
                     break;
                 }
                 let leaves = (*emission).leaves_ns[number];
-                if leaves == 0 {
+                if leaves == 0 || number as u32 == own {
                     continue;
                 }
                 (*copy).leaves_ns = leaves;
                 (*copy).holders = (*emission).holders[number];
-                ((*copy).hash, (*copy).index) = if in_order >> number & 1 != 0 {
-                    (flow, index)
-                } else {
-                    (alone(leaves, number as u32), 0)
-                };
+                ((*copy).hash, (*copy).index) = queued_as(number as u32, leaves);
                 (*copy).valid = 1;
                 let device = (*ctx.skb.skb).ifindex;
                 if bpf_clone_redirect(ctx.skb.skb, device, 0) < 0 {
@@ -394,7 +422,7 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
         if leaves_ns == 0 {
             return TC_ACT_STOLEN;
         }
-        let hash = if free == 0 { flow } else { alone(leaves_ns, 0) };
+        let (hash, index) = queued_as(own, leaves_ns);
         send(ctx, leaves_ns, hash, index, held_by)
     }
 }
@@ -413,7 +441,7 @@ unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, index: u32, held_by: 
         // What a receive queue was recorded as would choose the queue instead of the hash (`skb_tx_hash`).
         (*skb).queue_mapping = 0;
         (*skb).tstamp = leaves_ns;
-        note_holders(skb, held_by);
+        note(skb, held_by);
         let mut mark = (*skb).tc_index & !u32::from(lane_mark::COMPLETE);
         if index != 0 {
             mark |= u32::from(lane_mark::INDEX);
@@ -449,15 +477,26 @@ fn mark(ctx: &TcContext, work: &mut Work) {
     }
 }
 
-/// Writes down which rules hold the packet.
+/// Notes on a packet in a lane which rules hold it ([`holders`]), or [`UNDECIDED`]. (fq keeps its own notes in the first
+/// three: `struct fq_skb_cb`, `net/sched/sch_fq.c`.)
 #[inline(always)]
-unsafe fn note_holders(skb: *mut __sk_buff, held_by: u64) {
+unsafe fn note(skb: *mut __sk_buff, note: u64) {
     // SAFETY: the caller's skb; a TC program may write `cb`.
     unsafe {
-        (*skb).cb[3] = held_by as u32;
-        (*skb).cb[4] = (held_by >> 32) as u32;
+        (*skb).cb[3] = note as u32;
+        (*skb).cb[4] = (note >> 32) as u32;
     }
 }
+
+/// What was noted.
+#[inline(always)]
+unsafe fn noted(skb: *mut __sk_buff) -> u64 {
+    // SAFETY: the caller's skb; a TC program may read `cb`.
+    unsafe { u64::from((*skb).cb[3]) | u64::from((*skb).cb[4]) << 32 }
+}
+
+/// Noted on a packet that has not been at the line. (Rules' names in a note differ: it is none of theirs.)
+const UNDECIDED: u64 = u64::MAX;
 
 /// How many wire packets an skb is.
 #[inline(always)]

@@ -35,6 +35,8 @@ use crate::{
 pub const CARRIER: &str = "inj-carrier";
 /// Its kind.
 const CARRIER_KIND: &str = "ifb";
+/// Kind of the devices on it.
+const VLAN_KIND: &str = "vlan";
 const SEGMENTER: &str = "inj-segmenter";
 const LINE: &str = "inj-line";
 
@@ -448,7 +450,7 @@ impl Lane {
             return Ok(0);
         };
         let lost = self.queue().map_or(0, |queue| queue.qdisc.queued_packets);
-        let removed = self.netns.run(|| delete(&entry));
+        let removed = self.netns.run(|| delete(&entry, Some(self.carrier)));
         match removed {
             Ok(Ok(_)) => {}
             Ok(Err(error)) if error.is_no_device() => {}
@@ -486,20 +488,29 @@ fn queues() -> u32 {
         .clamp(1, MAX_QUEUES)
 }
 
-/// Deletes the carrier that an entry is about, and with it the lane; whether it was there. It is known by its kind and
-/// its address, which it has also if somebody has renamed it.
-pub(crate) fn delete(entry: &Entry) -> Result<bool, NetlinkError> {
+/// Deletes the devices of the lane that an entry is about; whether any was there. The carrier is known by its kind and
+/// its address, also if somebody has renamed it, or by its name and index, where that is known. The VLANs on it go with
+/// it; they are deleted by themselves where it has been moved to another namespace.
+pub(crate) fn delete(entry: &Entry, carrier: Option<u32>) -> Result<bool, NetlinkError> {
     let ours = |link: &Link| {
-        link.kind.as_deref() == Some(CARRIER_KIND) && netlink::hexadecimal(&link.mac) == entry.mac
+        let addressed = netlink::hexadecimal(&link.mac) == entry.mac;
+        match link.kind.as_deref() {
+            Some(CARRIER_KIND) => {
+                addressed || carrier == Some(link.index) && link.name == entry.ifname
+            }
+            Some(VLAN_KIND) => addressed && [SEGMENTER, LINE].contains(&link.name.as_str()),
+            _ => false,
+        }
     };
-    let carrier = match netlink::link_by_name(&entry.ifname)? {
-        Some(link) if ours(&link) => Some(link),
-        _ => netlink::links()?.into_iter().find(ours),
-    };
-    if let Some(link) = &carrier {
-        netlink::delete_link(link.index)?;
+    let mut found = false;
+    for link in netlink::links()?.iter().filter(|link| ours(link)) {
+        found = true;
+        match netlink::delete_link(link.index) {
+            Err(error) if error.is_no_device() => {}
+            deleted => deleted?,
+        }
     }
-    Ok(carrier.is_some())
+    Ok(found)
 }
 
 /// An error that says that the kernel lacks a kind of device or qdisc; else the error itself.

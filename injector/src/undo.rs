@@ -90,7 +90,7 @@ fn gone(entry: &Entry, why: &str) -> Outcome {
 /// that it is the one that the journal means, even if it was renamed.
 fn undo_one(entry: &Entry, ours: &mut bool) -> Result<Outcome, NetlinkError> {
     if entry.change == Change::Lane {
-        return Ok(if crate::lane::delete(entry)? {
+        return Ok(if crate::lane::delete(entry, None)? {
             Outcome::Undone(format!("{} was removed.", describe(entry)))
         } else {
             gone(entry, "it is not there any more")

@@ -550,7 +550,7 @@ impl<P: Plane, H: Host> State<P, H> {
         let fresh = match self.attach_all(links) {
             Ok(fresh) => fresh,
             Err(error) => {
-                self.remove_lanes(lanes);
+                self.take_back_lanes(lanes);
                 return Err(error);
             }
         };
@@ -580,7 +580,7 @@ impl<P: Plane, H: Host> State<P, H> {
                     }
                 }
                 self.take_back(fresh);
-                self.remove_lanes(lanes);
+                self.take_back_lanes(lanes);
                 return Err(error);
             }
         };

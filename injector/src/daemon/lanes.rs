@@ -47,10 +47,27 @@ pub(super) struct LaneRecord<L> {
     idle_load: Option<(u64, u64)>,
     /// What somebody else has done to it. Nothing is sent into it any more, until it is made anew.
     damage: Option<Damage>,
-    /// Packets that it had dropped, by its own counters, when its account was put right last.
+    /// Packets that its devices had dropped when its account was right last.
     dropped: u64,
     /// Packets that went missing in it, and that no counter tells of.
     missing: u64,
+    /// What was lost before it was made anew.
+    before: Losses,
+}
+
+/// What counters of a lane tell of.
+#[derive(Debug, Clone, Copy, Default)]
+struct Losses {
+    full: u64,
+    dropped: u64,
+    devices: u64,
+}
+
+/// A lane that was made for rules that are to come.
+pub(super) struct MadeLane {
+    netns: NetnsId,
+    /// What was wrong with the one in whose place it is.
+    before: Option<Damage>,
 }
 
 /// Packets a second that a lane is to take: more than the CPUs of a large machine send through one.
@@ -129,7 +146,7 @@ impl<P: Plane, H: Host> State<P, H> {
         &mut self,
         rules: &[(Rule, Vec<Place>)],
         links: &BTreeMap<TargetKey, TargetLink>,
-    ) -> Result<Vec<NetnsId>, ErrorBody> {
+    ) -> Result<Vec<MadeLane>, ErrorBody> {
         let mut wanted: BTreeMap<NetnsId, (Need, &Netns)> = BTreeMap::new();
         for (rule, places) in rules {
             let need = need(rule);
@@ -155,56 +172,18 @@ impl<P: Plane, H: Host> State<P, H> {
         }
         let mut made = Vec::new();
         for (id, (need, netns)) in wanted {
-            if let Some(record) = self.lanes.get_mut(&id) {
-                if record.damage.is_none() {
-                    continue;
-                }
-                // What is left of it makes room for a new one. Its record stands until there is one.
-                if let Err(error) = self.host.remove_lane(&mut record.lane) {
-                    self.remove_lanes(made);
-                    return Err(ErrorBody {
-                        message: format!("{}; nothing was changed", error.message),
-                        ..error
-                    });
-                }
-            }
-            let Some(number) = self.free_lane() else {
-                self.remove_lanes(made);
-                return Err(ErrorBody::new(
-                    ErrorCode::Limit,
-                    "rules need lanes in more network namespaces than there can be targets; nothing was changed",
-                )
-                .with_hint("start the daemon with more room (`injector daemon --table-targets`)"));
+            let before = match self.lanes.get(&id) {
+                Some(record) if record.damage.is_none() => continue,
+                Some(record) => record.damage,
+                None => None,
             };
-            // Its rules come to be in force, and counted, with the commit.
-            let limits = limits(Duration::ZERO, self.settings.lanes.packets);
-            self.plane.clear_lane(number);
-            let (at_carrier, at_line) = self.plane.lane_programs();
-            match self
-                .host
-                .make_lane(netns, at_carrier, at_line, number, limits)
-            {
-                Ok((lane, devices)) => {
-                    let record = LaneRecord {
-                        lane,
-                        devices,
-                        netns: netns.to_string(),
-                        number,
-                        limits,
-                        wanted: limits,
-                        idle_load: None,
-                        damage: None,
-                        dropped: 0,
-                        missing: 0,
-                    };
-                    self.lanes.insert(id, record);
-                    made.push(id);
-                }
-                Err(error) if need == Need::Better => {
+            match self.make_lane(id, netns) {
+                Ok(()) => made.push(MadeLane { netns: id, before }),
+                Err(error) if need == Need::Better && error.code != ErrorCode::Limit => {
                     tracing::debug!("no lane, super-packets are cut as a whole: {error}");
                 }
                 Err(error) => {
-                    self.remove_lanes(made);
+                    self.take_back_lanes(made);
                     return Err(ErrorBody {
                         message: format!("{}; nothing was changed", error.message),
                         ..error
@@ -213,6 +192,88 @@ impl<P: Plane, H: Host> State<P, H> {
             }
         }
         Ok(made)
+    }
+
+    /// Makes the lane of a namespace that has none, or a damaged one.
+    fn make_lane(&mut self, id: NetnsId, netns: &Netns) -> Result<(), ErrorBody> {
+        let Some(number) = self.free_lane() else {
+            return Err(ErrorBody::new(
+                ErrorCode::Limit,
+                "rules need lanes in more network namespaces than there can be targets",
+            )
+            .with_hint("start the daemon with more room (`injector daemon --table-targets`)"));
+        };
+        let (missing, before) = self.clear_away(id)?;
+        // Its rules come to be in force, and counted, with the commit.
+        let limits = limits(Duration::ZERO, self.settings.lanes.packets);
+        self.plane.clear_lane(number);
+        let (at_carrier, at_line) = self.plane.lane_programs();
+        let (lane, devices) = self
+            .host
+            .make_lane(netns, at_carrier, at_line, number, limits)?;
+        let record = LaneRecord {
+            lane,
+            devices,
+            netns: netns.to_string(),
+            number,
+            limits,
+            wanted: limits,
+            idle_load: None,
+            damage: None,
+            dropped: 0,
+            missing,
+            before,
+        };
+        self.lanes.insert(id, record);
+        Ok(())
+    }
+
+    /// Removes what is left of a damaged lane, to make room for a new one; its record stands until there is one.
+    /// Returns what went missing and was lost in it.
+    fn clear_away(&mut self, id: NetnsId) -> Result<(u64, Losses), ErrorBody> {
+        let Some(record) = self.lanes.get_mut(&id) else {
+            return Ok((0, Losses::default()));
+        };
+        // There are none of a device that was deleted.
+        let queue = self.host.lane_stats(&record.lane).unwrap_or_default();
+        self.host.remove_lane(&mut record.lane)?;
+        let held = self.plane.lane_use(record.number);
+        self.plane.clear_lane(record.number);
+        let dropped = queue.qdisc.dropped_packets + queue.device_drops;
+        let lost = held
+            .packets
+            .saturating_sub(dropped.saturating_sub(record.dropped));
+        record.dropped = 0;
+        record.missing += lost;
+        record.before.full += held.full_packets;
+        record.before.dropped += queue.qdisc.dropped_packets;
+        record.before.devices += queue.device_drops;
+        if lost > 0 {
+            self.events.push(
+                EventKind::Problem,
+                None,
+                None,
+                format!(
+                    "the damaged lane of network namespace {} held {lost} packets when it was made anew; they are \
+                     lost",
+                    record.netns
+                ),
+            );
+        }
+        Ok((record.missing, record.before))
+    }
+
+    /// Takes back lanes whose rules did not come to be in force. One in place of a damaged lane goes on in its stead,
+    /// as damaged as that was: rules that are in force need it, and do not use it.
+    pub(super) fn take_back_lanes(&mut self, made: Vec<MadeLane>) {
+        let (anew, fresh): (Vec<_>, Vec<_>) =
+            made.into_iter().partition(|made| made.before.is_some());
+        for lane in anew {
+            if let Some(record) = self.lanes.get_mut(&lane.netns) {
+                record.damage = lane.before;
+            }
+        }
+        self.remove_lanes(fresh.into_iter().map(|made| made.netns).collect());
     }
 
     /// The lowest number that no lane has. There are as many as targets, and slot 0's.
@@ -299,7 +360,13 @@ impl<P: Plane, H: Host> State<P, H> {
             if record.damage.is_some() {
                 continue;
             }
-            match self.host.lane_damage(&record.lane) {
+            // What is listed while other devices of the namespace come and go can lack some of it: no damage that a
+            // second look does not find.
+            let damage = self
+                .host
+                .lane_damage(&record.lane)
+                .and_then(|first| first.map_or(Ok(None), |_| self.host.lane_damage(&record.lane)));
+            match damage {
                 Ok(None) => {}
                 Ok(Some(damage)) => {
                     record.damage = Some(damage);
@@ -359,12 +426,14 @@ impl<P: Plane, H: Host> State<P, H> {
                 }
             }
             let before = record.idle_load.take();
-            if held.load == 0 {
-                continue;
-            }
             let Ok(queue) = self.host.lane_stats(&record.lane) else {
                 continue;
             };
+            let dropped = queue.qdisc.dropped_packets + queue.device_drops;
+            if held.load == 0 {
+                record.dropped = dropped;
+                continue;
+            }
             if queue.qdisc.queued_packets != 0 {
                 continue;
             }
@@ -373,7 +442,6 @@ impl<P: Plane, H: Host> State<P, H> {
             let now = (held.load, queue.qdisc.sent_packets);
             if before == Some(now) {
                 if self.plane.empty_lane(record.number, held.load) {
-                    let dropped = queue.qdisc.dropped_packets + queue.device_drops;
                     let told = dropped.saturating_sub(record.dropped);
                     record.dropped = dropped;
                     let missing = held.packets.saturating_sub(told);
@@ -421,9 +489,9 @@ impl<P: Plane, H: Host> State<P, H> {
                     capacity_packets: u64::from(record.wanted.packets),
                     memory_bytes: held.bytes,
                     memory_capacity: self.settings.lanes.bytes,
-                    full_packets: held.full_packets,
-                    dropped_packets: queue.qdisc.dropped_packets,
-                    device_drops: queue.device_drops,
+                    full_packets: record.before.full + held.full_packets,
+                    dropped_packets: record.before.dropped + queue.qdisc.dropped_packets,
+                    device_drops: record.before.devices + queue.device_drops,
                     missing_packets: record.missing,
                     backlog_drops,
                     problem: record.damage.map(|damage| damage.to_string()),

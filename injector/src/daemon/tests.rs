@@ -170,7 +170,9 @@ impl Plane for FakePlane {
         Ok(0)
     }
     fn clear_lane(&mut self, lane: LaneNumber) {
-        self.0.world().bounds.remove(&lane);
+        let mut world = self.0.world();
+        world.bounds.remove(&lane);
+        world.load = 0;
     }
     fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
         self.0.world().bounds.insert(lane, bounds);
@@ -1406,6 +1408,60 @@ fn a_lane_damaged_just_now_is_made_anew_at_once() {
             .iter()
             .all(|rule| rule.targets[0].problem.is_none())
     );
+}
+
+#[test]
+fn a_lane_made_anew_in_vain_stays_damaged() {
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "1s")]));
+    bench.world().lane_damage = Some(Damage::Gone("inj-line"));
+    bench.pass(2);
+    // The kernel's tables refuse what would use the new lane; the rule that is in force does not either.
+    bench.world().refuse_commit = true;
+    let two = json!({"rules": [delaying("two", "eth0", "2s")]});
+    bench.ask("add", &two).unwrap_err();
+    let problem = |bench: &mut Bench| bench.list().rules[0].targets[0].problem.clone();
+    assert_eq!(
+        problem(&mut bench).as_deref(),
+        Some("no lane: its device inj-line was deleted, renamed or moved")
+    );
+    bench.world().refuse_commit = false;
+    bench.pass(2);
+    assert!(problem(&mut bench).is_some() && bench.world().targets[0].lane.is_none());
+    let one = json!([delaying("one", "eth0", "1s")]);
+    assert_eq!(bench.apply("add", &one).unchanged.len(), 0);
+    assert!(problem(&mut bench).is_none() && bench.world().targets[0].lane.is_some());
+    assert_eq!(bench.world().lanes.len(), 1);
+    // One that was made where there was none goes again.
+    bench.ask("heal", &json!({"names": ["one"]})).unwrap();
+    bench.pass(3);
+    assert!(bench.world().lanes.is_empty());
+    bench.world().refuse_commit = true;
+    bench.ask("add", &two).unwrap_err();
+    assert!(bench.world().lanes.is_empty());
+}
+
+#[test]
+fn a_lane_made_anew_goes_on_with_the_losses_of_the_one_before() {
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "1s")]));
+    // Four packets, of which a queue has dropped one; five were dropped before.
+    bench.world().queue_drops = 5;
+    bench.pass(2);
+    bench.world().load = 4 * lane_load::of(64);
+    bench.world().queue_drops = 6;
+    bench.world().lane_damage = Some(Damage::Gone("inj-line"));
+    bench.add(&json!([delaying("two", "eth0", "1s")]));
+    let told = bench.events(EventKind::Problem);
+    assert!(
+        told.iter().any(|event| event
+            .message
+            .contains("held 3 packets when it was made anew")),
+        "{told:?}"
+    );
+    bench.world().queue_drops = 0;
+    let lane = bench.stats().lanes[0].clone();
+    assert_eq!((lane.missing_packets, lane.dropped_packets), (3, 6));
 }
 
 #[test]

@@ -123,7 +123,7 @@ pub fn share_draw(seed: u64, name: &str, flow: &FlowKey, ordinal: Option<u64>) -
     let key_0 = SipHasher24::new_with_keys(seed, NAME_KEY_0).hash(name.as_bytes());
     let key_1 = SipHasher24::new_with_keys(seed, NAME_KEY_1).hash(name.as_bytes());
     let word = match ordinal {
-        Some(ordinal) => SHARE ^ (ordinal << 40),
+        Some(ordinal) => SHARE ^ ordinal.rotate_left(40),
         None => SHARE,
     };
     let mut input = Vec::with_capacity(48);

@@ -34,6 +34,16 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("compose::faults_in_one_rule", NEEDS, faults_in_one_rule),
         trial("compose::several_rules", NEEDS, several_rules),
         trial("compose::five_on_a_line", NEEDS, five_on_a_line),
+        trial(
+            "compose::no_packet_waits_for_its_copies",
+            NEEDS,
+            no_packet_waits_for_its_copies,
+        ),
+        trial(
+            "compose::copies_without_their_packet_keep_order",
+            NEEDS,
+            copies_without_their_packet_keep_order,
+        ),
     ]
 }
 
@@ -283,6 +293,82 @@ struct Five {
 
 /// Of the line of [`Five`]: a frame of 742 bytes takes 5.9 ms.
 const BITS_PER_SECOND: f64 = 1e6;
+
+/// Bytes of a datagram, of which its frame has 42 more, and how long that takes on a line of 64 kbit/s.
+const DATAGRAM: usize = 1000;
+const LINE_MS: f64 = 1042.0 * 8.0 / 64.0;
+
+/// A packet whose flow has nothing else in the queue leaves when it is through the line, its copies when they are: were
+/// they queued before it, fq would let it wait for them.
+fn no_packet_waits_for_its_copies() -> Result<()> {
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Lent::new()?;
+    for (direction, from, to) in [("--to", a, b), ("--from", b, a)] {
+        injector.add(&format!(
+            "twice --netns {} --iface eth0 {direction} {} --proto udp --rate 64kbit --queue 10s --duplicate 100% \
+             --copies 2",
+            a.netns(),
+            b.v4
+        ))?;
+        let path = Timed::v4(from, 6000, to, 7000)?;
+        for number in 1..=3 {
+            let sent = path.send_sized([number], DATAGRAM, Duration::ZERO)?;
+            let arrived = path.receive(3, Duration::from_millis(20), Duration::from_secs(10))?;
+            let taken = delays(&sent, &arrived);
+            for (times, taken) in (1..).zip(&taken) {
+                let asked = LINE_MS * f64::from(times);
+                ensure!(
+                    (asked - 1.0..asked + LINE_MS / 2.0).contains(taken),
+                    "{direction}: number {times} took {taken} ms, asked {asked}"
+                );
+            }
+            ensure!(taken.len() == 3, "{taken:?}");
+        }
+        injector.heal("twice")?;
+    }
+    injector.stats()?.lanes_lost_nothing()
+}
+
+/// The second of two lines often has no room for a packet, and again when its copy comes through the first: that keeps
+/// the flow's order, too.
+fn copies_without_their_packet_keep_order() -> Result<()> {
+    const COUNT: u32 = 60;
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let injector = Lent::new()?;
+    for rule in [
+        "one --rate 1mbit --queue 10s --duplicate 100%",
+        "two --rate 700kbit --queue 1p",
+        "three --delay 100ms --jitter 60ms",
+    ] {
+        let (name, faults) = rule.split_once(' ').context("a rule without faults")?;
+        injector.add(&format!(
+            "{name} --netns {} --iface eth0 --to {} --proto udp {faults} --seed {SEED}",
+            a.netns(),
+            b.v4
+        ))?;
+    }
+    let path = Timed::v4(a, 6000, b, 7000)?;
+    path.send_sized(1..=COUNT, DATAGRAM, Duration::ZERO)?;
+    let arrived = path.receive(1, Duration::from_secs(1), Duration::from_secs(20))?;
+    let numbers: Vec<u32> = arrived.iter().map(|one| one.number).collect();
+    let stats = injector.stats()?;
+    // Of both that come in a row the line takes one at the most.
+    let lonely = stats.rule("two")?.egress.overflow_packets;
+    report(format!(
+        "{} of {} arrived, {lonely} found no room",
+        numbers.len(),
+        2 * COUNT
+    ));
+    ensure!(
+        lonely > 0 && numbers.len() > 10 && numbers.is_sorted(),
+        "order was not kept: {numbers:?}, {lonely} found no room"
+    );
+    stats.lanes_lost_nothing()
+}
 
 /// Delay, rate, loss, duplicate and corrupt in one rule: the bits, the numbers, and the time of each arrival, by the
 /// order of the stages. A constant delay is the same in front of the line and behind it; a drawn one is not.

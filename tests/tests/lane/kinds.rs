@@ -288,30 +288,54 @@ fn bonds_in_bonds() -> Result<()> {
             a.ns.tool(&format!("ip {command}"))?;
         }
         lower = bond;
-        if ![1, DEEPEST - 1, DEEPEST].contains(&depth) {
+        if ![1, 4, 5, 6, DEEPEST].contains(&depth) {
             continue;
         }
         round_trip(&a.ns, &b.v4.to_string())?;
-        injector.add(&format!(
-            "slow --netns {} --iface eth0 --to {} --proto udp --delay 20ms --loss 0.0001%",
-            a.netns(),
-            b.v4
-        ))?;
-        let path = Timed::v4(a, 6000, b, 7000)?;
-        path.send_super_packets(1..=PACKETS, 40, 1000)?;
-        let arrived = path.receive(0, Duration::from_secs(1), Duration::from_secs(10))?;
-        let arrived = arrived.len() as u64;
-        let lost = injector.stats()?.lane_losses.entries;
-        report(format!(
-            "{depth} bonds: {arrived} of {PACKETS} arrived, {lost} were lost on the way in"
-        ));
-        ensure!(
-            arrived + lost == u64::from(PACKETS) && (lost > 0) == (depth == DEEPEST),
-            "{depth} bonds: {arrived} arrived, {lost} were lost"
-        );
-        injector.json(&["heal", "slow"])?;
+        for faults in [
+            "--delay 20ms --loss 0.00000002%",
+            // What waits for nothing leaves within the same transmissions.
+            "--loss 0.00000002%",
+        ] {
+            let before = losses(&injector, &a.ns)?;
+            injector.add(&format!(
+                "faulted --netns {} --iface eth0 --to {} --proto udp {faults}",
+                a.netns(),
+                b.v4
+            ))?;
+            let path = Timed::v4(a, 6000, b, 7000)?;
+            path.send_super_packets(1..=PACKETS, 40, 1000)?;
+            let arrived = path.receive(0, Duration::from_secs(1), Duration::from_secs(10))?;
+            let arrived = arrived.len() as u64;
+            let target = injector.stats()?.target(a.netns(), "eth0")?.egress;
+            let lost = losses(&injector, &a.ns)? - before;
+            report(format!(
+                "{depth} bonds, {faults}: {arrived} of {PACKETS} arrived, {lost} were lost on the way back, \
+                 {} did not enter",
+                target.lane_refused
+            ));
+            ensure!(
+                arrived + lost == u64::from(PACKETS)
+                    && (target.lane_refused > 0) == (depth == DEEPEST)
+                    && (arrived > 0 || !faults.starts_with("--delay")),
+                "{depth} bonds, {faults}: {arrived} arrived, {lost} were lost: {target:?}"
+            );
+            injector.json(&["heal", "faulted"])?;
+            path.drain()?;
+        }
     }
     Ok(())
+}
+
+/// What was lost at the ends of a lane, and what the kernel did not send on behind the target's hook.
+fn losses(injector: &Injector, ns: &Netns) -> Result<u64> {
+    let link = ns.tool("ip -s -j link show eth0")?.stdout;
+    let link: serde_json::Value = serde_json::from_str(&link)?;
+    let dropped = link[0]["stats64"]["tx"]["dropped"]
+        .as_u64()
+        .with_context(|| format!("no number of packets dropped: {link}"))?;
+    let lane = injector.stats()?.lane_losses;
+    Ok(dropped + lane.entries + lane.returns)
 }
 
 fn what_has_no_ethernet_header() -> Result<()> {

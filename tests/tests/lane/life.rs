@@ -347,19 +347,20 @@ fn a_killed_daemon_s_lane_is_harmless() -> Result<()> {
     )
 }
 
-/// What somebody else may do to a lane, each as commands, with what the daemon says of it.
-const DAMAGES: [(&[&str], &str); 5] = [
+/// What somebody else may do to a lane, each as commands (`OTHER` is another namespace), with what the daemon says of it.
+const DAMAGES: [(&[&str], &str); 7] = [
     (&["ip link delete inj-line"], "inj-line was deleted"),
     (
         &["ip link set inj-carrier down"],
         "inj-carrier was set down",
     ),
+    // It may be looked at between the two.
     (
         &[
             "ip link set inj-carrier down",
             "ip link set inj-carrier name somebodys",
         ],
-        "inj-carrier was deleted, renamed or moved",
+        "inj-carrier was ",
     ),
     (
         &["tc qdisc replace dev inj-line root pfifo"],
@@ -368,6 +369,14 @@ const DAMAGES: [(&[&str], &str); 5] = [
     (
         &["tc qdisc delete dev inj-carrier clsact"],
         "our filter on its device inj-carrier was removed",
+    ),
+    (
+        &["tc qdisc delete dev inj-line clsact"],
+        "our filter on its device inj-line was removed",
+    ),
+    (
+        &["ip link set inj-carrier netns OTHER"],
+        "inj-carrier was deleted, renamed or moved",
     ),
 ];
 
@@ -401,7 +410,7 @@ fn a_damaged_lane_lets_packets_pass_and_is_made_anew() -> Result<()> {
         let delayed = taken()?;
         ensure!(delayed.iter().all(|delay| *delay >= 400.0), "{delayed:?}");
         for command in commands {
-            a.ns.tool(command)?;
+            a.ns.tool(&command.replace("OTHER", b.netns()))?;
         }
         wait_until("the damage is noticed", Duration::from_secs(10), || {
             let list = injector.json(&["list"])?;

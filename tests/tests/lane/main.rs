@@ -3,6 +3,9 @@
 //!
 //! Needs root and `INJECTOR_BIN`. The same rules as in the lab tier. Nodes have a clsact beforehand: the kernel
 //! drops packets while one is made or deleted, and here each packet is accounted for.
+//!
+//! `--loss 0.00000002%` is for whatever is to be cut up into wire packets, and to lose none: it is the smallest chance
+//! that there is, one in 2^32.
 
 mod accuracy;
 mod burst;

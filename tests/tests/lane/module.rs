@@ -72,20 +72,17 @@ impl Loader {
         self.scratch.path().join(name)
     }
 
-    /// Serves until it is asked for `end`.
+    /// Serves until it is asked for `end`, and always answers: who asks waits for it. Returns the first error.
     fn serve(&self) -> Result<()> {
+        let mut served = Ok(());
         loop {
             let mut asked = String::new();
             BufReader::new(File::open(self.path("asked"))?).read_line(&mut asked)?;
             note(format!("asked to load: {asked}"));
             if asked.trim() == "end" {
-                return Ok(());
+                return served;
             }
-            let arguments = asked.split_once("-- ").context("without --")?.1;
-            let (module, parameters) = arguments.trim().split_once(' ').unwrap_or((arguments, ""));
-            if ["ifb", "rtnl-link-ifb"].contains(&module.trim()) {
-                load(Path::new(MODULE), parameters)?;
-            }
+            served = served.and(serve_one(&asked));
             writeln!(
                 OpenOptions::new().write(true).open(self.path("answer"))?,
                 "done"
@@ -108,6 +105,16 @@ impl Drop for Loader {
             note(format!("{error:#}"));
         }
     }
+}
+
+/// Loads ifb, if that is asked for.
+fn serve_one(asked: &str) -> Result<()> {
+    let arguments = asked.split_once("-- ").context("without --")?.1;
+    let (module, parameters) = arguments.trim().split_once(' ').unwrap_or((arguments, ""));
+    if ["ifb", "rtnl-link-ifb"].contains(&module.trim()) {
+        load(Path::new(MODULE), parameters)?;
+    }
+    Ok(())
 }
 
 /// The kernel's own way of loading ifb makes `ifb0` and `ifb1`.

@@ -68,7 +68,7 @@ fn packets_are_delayed_and_the_host_is_as_before() -> Result<()> {
     let injector = Lent::new()?;
     for direction in ["--to", "--from"] {
         injector.add(&format!(
-            "slow --netns {} --iface eth0 {direction} {} --delay {ASKED}ms --loss 0.0001%",
+            "slow --netns {} --iface eth0 {direction} {} --delay {ASKED}ms --loss 0.00000002%",
             a.netns(),
             b.v4
         ))?;

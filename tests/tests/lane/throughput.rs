@@ -142,7 +142,7 @@ fn an_offered_load_gets_through() -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Lent::new()?;
-    for (name, port, more) in [("plain", PLAIN, ""), ("exact", EXACT, "--loss 0.00001%")] {
+    for (name, port, more) in [("plain", PLAIN, ""), ("exact", EXACT, "--loss 0.00000002%")] {
         injector.add(&format!(
             "{name} --netns {} --iface eth0 --to {} --peer-port {port} --delay 50ms {more}",
             a.netns(),
@@ -192,7 +192,7 @@ fn containers_on_one_host() -> Result<()> {
     let switch = lab.switch()?;
     switch.tool("tc qdisc add dev p1 clsact")?;
     let injector = Lent::new()?;
-    for (name, port, more) in [("plain", PLAIN, ""), ("exact", EXACT, "--loss 0.00001%")] {
+    for (name, port, more) in [("plain", PLAIN, ""), ("exact", EXACT, "--loss 0.00000002%")] {
         // From container one, as it comes in at its port, and to it, as it leaves there.
         for direction in ["from", "to"] {
             injector.add(&format!(

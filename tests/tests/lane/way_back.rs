@@ -72,7 +72,7 @@ fn what_has_no_way_back_is_counted() -> Result<()> {
 }
 
 /// By both ways: past the segmenter, and, with a chance of loss, where order is kept too.
-const WAYS: [&str; 2] = ["--delay 40ms", "--delay 40ms --loss 0.0001%"];
+const WAYS: [&str; 2] = ["--delay 40ms", "--delay 40ms --loss 0.00000002%"];
 
 fn what_leaves() -> Result<()> {
     const MARK: u32 = 0xabcd_0042;

@@ -292,7 +292,7 @@ fn what_is_the_same_for_all_skips_the_segmenter() -> Result<()> {
     let path = Timed::v4(a, 6000, b, 7000)?;
     for fault in ["--delay 300ms", "--stall 3s"] {
         let mut firsts = Vec::new();
-        for more in ["", " --loss 0.0000001%"] {
+        for more in ["", " --loss 0.00000002%"] {
             injector.add(&format!(
                 "same --netns {} --iface eth0 --to {} --proto udp {fault}{more} --seed {SEED}",
                 a.netns(),
