@@ -215,6 +215,22 @@ mod tests {
     }
 
     #[test]
+    fn every_ordinal_has_a_draw_of_its_own() {
+        let rule = RuleEntry {
+            key0: 1,
+            key1: 2,
+            ..RuleEntry::default()
+        };
+        let draw = |ordinal| share_draw(&rule, &FlowKey::default(), ordinal);
+        for bit in 0..64 {
+            for other in bit + 1..64 {
+                assert_ne!(draw(1 << bit), draw(1 << other), "{bit} and {other}");
+            }
+            assert_ne!(draw(1 << bit), draw(0), "{bit}");
+        }
+    }
+
+    #[test]
     fn a_flapping_link_begins_up() {
         let rule = RuleEntry {
             activated_ns: 1000,
