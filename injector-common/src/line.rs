@@ -275,16 +275,16 @@ impl Part for Deciding {
         } else {
             work.line.leaves_ns[0] = work.line.begin_ns;
         }
-        if work.line.leaves_ns[0] != 0 {
-            leave_in_order(tables, work);
-            return SENT_ON;
-        }
-        if work.line.copies == 0 {
+        let outcome = if work.line.leaves_ns[0] != 0 {
+            SENT_ON
+        } else if work.line.copies == 0 {
             return LOST;
-        }
-        stand_in(&mut work.line);
+        } else {
+            stand_in(&mut work.line);
+            COPIES_ONLY
+        };
         leave_in_order(tables, work);
-        COPIES_ONLY
+        outcome
     }
 }
 

@@ -142,6 +142,14 @@ pub struct LaneQueue {
     pub device_drops: u64,
 }
 
+impl LaneQueue {
+    /// Packets that its queue and its devices have dropped.
+    #[must_use]
+    pub const fn dropped(&self) -> u64 {
+        self.qdisc.dropped_packets + self.device_drops
+    }
+}
+
 /// What somebody else has done to a lane, so that packets are lost in it or pass it unfaulted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Damage {

@@ -239,10 +239,8 @@ impl<P: Plane, H: Host> State<P, H> {
         self.host.remove_lane(&mut record.lane)?;
         let held = self.plane.lane_use(record.number);
         self.plane.clear_lane(record.number);
-        let dropped = queue.qdisc.dropped_packets + queue.device_drops;
-        let lost = held
-            .packets
-            .saturating_sub(dropped.saturating_sub(record.dropped));
+        let told = queue.dropped().saturating_sub(record.dropped);
+        let lost = held.packets.saturating_sub(told);
         record.dropped = 0;
         record.missing += lost;
         record.before.full += held.full_packets;
@@ -429,7 +427,7 @@ impl<P: Plane, H: Host> State<P, H> {
             let Ok(queue) = self.host.lane_stats(&record.lane) else {
                 continue;
             };
-            let dropped = queue.qdisc.dropped_packets + queue.device_drops;
+            let dropped = queue.dropped();
             if held.load == 0 {
                 record.dropped = dropped;
                 continue;

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::{command, netns::Netns};
 
@@ -60,4 +61,25 @@ pub fn backlog_drops() -> Result<u64> {
             u64::from_str_radix(dropped, 16).context("softnet_stat")
         })
         .sum()
+}
+
+/// What an interface has sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct Transmitted {
+    /// Packets that it has handed over.
+    pub packets: u64,
+    /// Packets that it could not hand over.
+    pub dropped: u64,
+}
+
+impl Transmitted {
+    /// Of an interface of a namespace.
+    pub fn by(ns: &Netns, interface: &str) -> Result<Self> {
+        let text = ns
+            .tool(&format!("ip -s -j link show dev {interface}"))?
+            .stdout;
+        let links: Value = serde_json::from_str(&text)?;
+        serde_json::from_value(links[0]["stats64"]["tx"].clone())
+            .with_context(|| format!("ip shows no counters: {text}"))
+    }
 }

@@ -4,9 +4,8 @@ use std::{thread, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
-use serde_json::Value;
 use tests::lab::{
-    counters::{Nstat, backlog_drops},
+    counters::{Nstat, Transmitted, backlog_drops},
     injector::Injector,
     lent::Lent,
     load::{Load, Transfer},
@@ -209,7 +208,11 @@ fn what_arrives_undelayed_is_not_lost() -> Result<()> {
     ensure!(dropped == 0, "backlogs dropped {dropped} packets");
     let stats = injector.stats()?;
     let rule = stats.rule("arriving")?;
-    ensure!(rule.ingress.matched_packets > u64::from(COUNT), "{rule:?}");
+    // Of some 26,000 packets chance takes two in one run of 50,000 million.
+    ensure!(
+        rule.ingress.lost_packets <= 1 && rule.ingress.matched_packets > u64::from(COUNT),
+        "{rule:?}"
+    );
     stats.lanes_lost_nothing()?;
     injector.heal("arriving")
 }
@@ -289,11 +292,7 @@ fn lane_drops(injector: &Injector) -> Result<u64> {
 
 /// What `eth0` of a namespace could not hand over.
 fn dropped(ns: &Netns) -> Result<u64> {
-    let text = ns.tool("ip -s -j link show dev eth0")?.stdout;
-    let links: Value = serde_json::from_str(&text)?;
-    links[0]["stats64"]["tx"]["dropped"]
-        .as_u64()
-        .with_context(|| format!("ip shows no drops: {text}"))
+    Ok(Transmitted::by(ns, "eth0")?.dropped)
 }
 
 /// Rules that lose nothing come and go while datagrams and TCP go on, and with them the lane.

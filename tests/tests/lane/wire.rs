@@ -9,10 +9,10 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
-use serde_json::Value;
 use tests::{
     lab::{
         bursts::{self, describe, fit, gilbert_elliott_interval, lengths},
+        counters::Transmitted,
         lent::Lent,
         load::Transfer,
         netem::Netem,
@@ -185,11 +185,7 @@ fn netem_beside(a: &Node, b: &Node) -> Result<()> {
 
 /// Wire packets that the segmenter of a node's lane has made of super-packets.
 fn segmented(node: &Node) -> Result<u64> {
-    let text = node.ns.tool("ip -s -j link show dev inj-segmenter")?.stdout;
-    let links: Value = serde_json::from_str(&text)?;
-    links[0]["stats64"]["tx"]["packets"]
-        .as_u64()
-        .ok_or_else(|| anyhow::anyhow!("ip shows no packets: {text}"))
+    Ok(Transmitted::by(&node.ns, "inj-segmenter")?.packets)
 }
 
 /// Numbered datagrams in super-packets of sixteen.
