@@ -16,7 +16,6 @@ use tests::{
     lab::{
         counters::Nstat,
         frame::{ETH_IPV4, ETH_IPV6},
-        injector::Injector,
         lent::Lent,
         packet_socket::{Capture, on_one_cpu},
         tcp,
@@ -254,7 +253,7 @@ impl Asked {
 
 /// Adds a rule for one direction of UDP at `a`; returns who sends and who receives.
 pub(crate) fn corrupt_udp<'a>(
-    injector: &Injector,
+    injector: &Lent,
     lab: &'a Lab,
     egress: bool,
     v6: bool,
@@ -499,7 +498,7 @@ fn transfer(from: &Node, to: &Node, target: SocketAddr) -> Result<Vec<u8>> {
 /// counters of the receiver rose, and how many packets were corrupted.
 fn through_noise(
     lab: &Lab,
-    injector: &Injector,
+    injector: &Lent,
     egress: bool,
     v6: bool,
     words: &str,
@@ -524,7 +523,7 @@ fn through_noise(
     let rule = stats.rule("noise")?;
     let corrupted = rule.both(|one| one.corrupted_packets);
     stats.lanes_lost_nothing()?;
-    injector.json(&["heal", "noise"])?;
+    injector.heal("noise")?;
     Ok((arrived, grown, corrupted))
 }
 

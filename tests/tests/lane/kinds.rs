@@ -85,7 +85,7 @@ fn bulk_arrives(from: &Node, to: &Node) -> Result<()> {
     Ok(())
 }
 
-fn add(injector: &Injector, ns: &Netns, iface: &str, which: &str) -> Result<()> {
+fn add(injector: &Lent, ns: &Netns, iface: &str, which: &str) -> Result<()> {
     injector
         .add(&format!(
             "slow --netns {} --iface {iface} {which} --delay {ASKED_MS}ms",
@@ -94,9 +94,9 @@ fn add(injector: &Injector, ns: &Netns, iface: &str, which: &str) -> Result<()> 
         .map(drop)
 }
 
-fn heal(injector: &Injector) -> Result<()> {
+fn heal(injector: &Lent) -> Result<()> {
     injector.stats()?.lanes_lost_nothing()?;
-    injector.json(&["heal", "slow"]).map(drop)
+    injector.heal("slow")
 }
 
 fn veth() -> Result<()> {

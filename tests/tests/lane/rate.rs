@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use libtest_mimic::Trial;
 use tests::lab::{
     counters::Nstat,
-    injector::{Injector, Mode},
+    injector::Mode,
     lent::Lent,
     scratch::Scratch,
     tcp,
@@ -104,7 +104,7 @@ const CHANCES: u32 = 3;
 
 /// Measures until the line was busy all the time, and compares with what was asked. `false` if it never was.
 fn compare(
-    injector: &Injector,
+    injector: &Lent,
     what: &str,
     line: &str,
     asked: f64,
@@ -123,7 +123,7 @@ fn compare(
             busy * 100.0
         ));
         stats.lanes_lost_nothing()?;
-        injector.json(&["heal", "line"])?;
+        injector.heal("line")?;
         // However busy: never more than it can carry.
         ensure!(bits < asked * (1.0 + WITHIN), "{what}: {bits} bit/s");
         if busy < 1.0 - WITHIN / 2.0 {
