@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow};
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
+};
 
 use super::{
     command,
@@ -24,13 +27,7 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes a namespace of this name.
-    pub fn create(name: &str) -> Result<Self> {
-        command::tool(&format!("ip netns add {name}"))?;
-        Ok(Self::named(name))
-    }
-
-    /// A namespace that somebody else made.
+    /// A namespace of this name, whether it is there or not.
     #[must_use]
     pub fn named(name: &str) -> Self {
         Self {
@@ -107,6 +104,29 @@ impl Netns {
         Ok(command)
     }
 
+    /// Writes a file of the namespace's own sysfs, named as below /sys (`class/net/eth0/mtu`).
+    pub fn sysfs(&self, name: &str, value: &str) -> Result<()> {
+        let path = Path::new("/sys").join(name);
+        self.enter(|| {
+            // A sysfs shows the network namespace in which it was mounted. The mount is for this thread alone, and goes
+            // with it.
+            unshare(CloneFlags::CLONE_NEWNS).context("unshare of the mounts")?;
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+                .context("making the mounts private")?;
+            mount(
+                Some("sysfs"),
+                "/sys",
+                Some("sysfs"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .context("mounting sysfs")?;
+            std::fs::write(&path, value)
+                .with_context(|| format!("writing {value} to {}", path.display()))
+        })
+    }
+
     /// Sets a sysctl of the namespace, named as in /proc/sys (`net/ipv4/ip_forward`).
     pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
         let path = Path::new("/proc/sys").join(name);
@@ -124,16 +144,40 @@ impl Netns {
 
     /// The same for `ip` or `tc`, one command a line.
     pub fn batch(&self, program: &str, input: &str) -> Result<()> {
-        let mut command = self.command(program)?;
-        command.args(["-batch", "-"]);
-        note(input);
-        command::run_with_input(command, input.as_bytes(), command::DEADLINE)?
-            .success()
-            .map(drop)
+        batch(self.command(program)?, input)
     }
 
     /// Deletes the name; the namespace goes when nothing is left in it.
     pub fn delete(&self) -> Result<()> {
-        command::tool(&format!("ip netns del {}", self.name)).map(drop)
+        Self::delete_all(std::slice::from_ref(self))
     }
+
+    /// Makes them, in this order.
+    pub fn create_all(spaces: &[Self]) -> Result<()> {
+        let lines: Vec<String> = spaces
+            .iter()
+            .map(|space| format!("netns add {}", space.name))
+            .collect();
+        batch(Command::new("ip"), &lines.join("\n"))
+    }
+
+    /// Deletes them; one that cannot be deleted does not keep the others.
+    pub fn delete_all(spaces: &[Self]) -> Result<()> {
+        let lines: Vec<String> = spaces
+            .iter()
+            .map(|space| format!("netns del {}", space.name))
+            .collect();
+        let mut ip = Command::new("ip");
+        ip.arg("-force");
+        batch(ip, &lines.join("\n"))
+    }
+}
+
+/// Lets `ip` or `tc` run several commands, one a line.
+fn batch(mut command: Command, lines: &str) -> Result<()> {
+    command.args(["-batch", "-"]);
+    note(lines);
+    command::run_with_input(command, lines.as_bytes(), command::DEADLINE)?
+        .success()
+        .map(drop)
 }

@@ -24,12 +24,7 @@ const RESTLESS: [&str; 4] = [
 impl Snapshot {
     /// Of a namespace.
     pub fn of(ns: &Netns) -> Result<Self> {
-        let mut parts = BTreeMap::new();
-        for (name, line) in COMMANDS {
-            parts.insert((*name).to_owned(), ns.tool(line)?.stdout);
-        }
-        let found = filters(ns.command("tc")?, &parts)?;
-        parts.insert("filters".to_owned(), found);
+        let mut parts = asked(|program| ns.command(program))?;
         parts.insert("sysctls".to_owned(), ns.enter(sysctls)?);
         Ok(Self { parts })
     }
@@ -37,12 +32,7 @@ impl Snapshot {
     /// Of the host's own namespace, with what is not per namespace: mounts and bpffs. Namespaces and
     /// programs of tests that run at the same time are left out.
     pub fn of_host() -> Result<Self> {
-        let mut parts = BTreeMap::new();
-        for (name, line) in COMMANDS {
-            parts.insert((*name).to_owned(), command::tool(line)?.stdout);
-        }
-        let found = filters(Command::new("tc"), &parts)?;
-        parts.insert("filters".to_owned(), found);
+        let mut parts = asked(|program| Ok(Command::new(program)))?;
         parts.insert("sysctls".to_owned(), sysctls()?);
         let mounts = std::fs::read_to_string("/proc/self/mounts").context("reading mounts")?;
         let mounts = mounts
@@ -94,37 +84,57 @@ impl Snapshot {
     }
 }
 
-/// What is compared of every namespace.
-const COMMANDS: &[(&str, &str)] = &[
-    ("links", "ip -d link show"),
-    ("addresses", "ip -o address show"),
-    ("qdiscs", "tc qdisc show"),
-    // Of all families.
-    ("routes", "ip route show table all"),
-    ("rules", "ip rule show"),
-    ("rules v6", "ip -6 rule show"),
+/// What `ip` says of a namespace, as few processes as possible: in emulation each takes a twentieth of a second. Its
+/// options are for all that it is asked at once, and only links have no other place where details are.
+const ASKED_OF_IP: [(&str, &[&str], &str); 3] = [
+    ("links", &["-d"], "link show"),
+    (
+        "addresses, routes and rules",
+        &["-o"],
+        // Routes of all families, rules of IPv4.
+        "address show\nroute show table all\nrule show",
+    ),
+    ("rules v6", &["-6"], "rule show"),
 ];
 
-fn contains_line(text: &str, line: &str) -> bool {
-    text.lines().any(|other| other == line)
-}
-
-/// Filters of every interface, at every place where one can hang, asked for in one process: in emulation each start
-/// takes a tenth of a second.
-fn filters(mut tc: Command, parts: &BTreeMap<String, String>) -> Result<String> {
-    let links = parts.get("links").context("no links yet")?;
-    let mut text = String::new();
+/// What `ip` and `tc` say of a namespace; `command` makes a command there.
+fn asked(command: impl Fn(&str) -> Result<Command>) -> Result<BTreeMap<String, String>> {
+    let mut parts = BTreeMap::new();
+    for (name, options, questions) in ASKED_OF_IP {
+        let mut ip = command("ip")?;
+        ip.args(options).args(["-batch", "-"]);
+        parts.insert(name.to_owned(), answers(ip, questions)?);
+    }
+    let links = parts.get("links").map_or("", String::as_str);
+    let mut questions = "qdisc show\n".to_owned();
     for line in links.lines().filter(|line| !line.starts_with(' ')) {
         let Some(name) = line.split(": ").nth(1).and_then(|n| n.split('@').next()) else {
             continue;
         };
         for place in ["ingress", "egress", "root"] {
-            writeln!(text, "filter show dev {name} {place}")?;
+            writeln!(questions, "filter show dev {name} {place}")?;
         }
     }
+    let mut tc = command("tc")?;
     tc.args(["-batch", "-"]);
-    let found = command::run_with_input(tc, text.as_bytes(), command::DEADLINE)?.success()?;
-    Ok(text + &found.stdout)
+    let found = answers(tc, &questions)?;
+    let (qdiscs, filters) = match found.find("\nfilter ") {
+        Some(end) => found.split_at(end + 1),
+        None => (found.as_str(), ""),
+    };
+    parts.insert("qdiscs".to_owned(), qdiscs.to_owned());
+    parts.insert("filters".to_owned(), questions + filters);
+    Ok(parts)
+}
+
+/// What a command says to these questions, one a line.
+fn answers(command: Command, questions: &str) -> Result<String> {
+    let answered = command::run_with_input(command, questions.as_bytes(), command::DEADLINE)?;
+    Ok(answered.success()?.stdout)
+}
+
+fn contains_line(text: &str, line: &str) -> bool {
+    text.lines().any(|other| other == line)
 }
 
 /// All sysctls below net, with their values, of the namespace of the calling thread.

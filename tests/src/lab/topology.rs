@@ -39,19 +39,7 @@ impl Node {
     /// veth otherwise takes the backlog of whatever CPU hands over (`veth_forward_skb`, drivers/net/veth.c;
     /// `netif_rx_internal` and `get_rps_cpu`, net/core/dev.c, 6.1), and two CPUs do not go through theirs in step.
     pub fn receive_on_one_cpu(&self) -> Result<()> {
-        // It is in the sysfs of the namespace, which `ip netns exec` mounts.
-        let mut command = std::process::Command::new("ip");
-        command.args([
-            "netns",
-            "exec",
-            self.netns(),
-            "bash",
-            "-c",
-            "echo 1 > /sys/class/net/eth0/queues/rx-0/rps_cpus",
-        ]);
-        command::run(command, command::DEADLINE)?
-            .success()
-            .map(drop)
+        self.ns.sysfs("class/net/eth0/queues/rx-0/rps_cpus", "1")
     }
 
     /// A socket address of the node.
@@ -130,8 +118,7 @@ impl Lab {
             mac_text(b.mac),
             b.netns()
         ))?;
-        lab.configure_nodes()?;
-        lab.fix_neighbours()?;
+        lab.configure_nodes(true)?;
         Ok(lab)
     }
 
@@ -139,19 +126,21 @@ impl Lab {
     pub fn switched(count: usize) -> Result<Self> {
         let mut lab = Self::with_nodes(count)?;
         let switch = lab.add_space("sw")?;
-        switch.tool("ip link add br0 type bridge")?;
-        switch.tool("ip link set br0 up")?;
+        let mut lines = vec![
+            "link add br0 type bridge".to_owned(),
+            "link set br0 up".to_owned(),
+        ];
         for (number, node) in (1..).zip(&lab.nodes) {
-            command::tool(&format!(
-                "ip -n {} link add p{number} type veth peer name eth0 address {} netns {}",
-                switch.name(),
+            lines.push(format!(
+                "link add p{number} type veth peer name eth0 address {} netns {}",
                 mac_text(node.mac),
                 node.netns()
-            ))?;
-            switch.tool(&format!("ip link set p{number} master br0 up"))?;
+            ));
+            lines.push(format!("link set p{number} master br0 up"));
         }
+        switch.ip(&lines)?;
         lab.switch = Some(switch);
-        lab.configure_nodes()?;
+        lab.configure_nodes(false)?;
         Ok(lab)
     }
 
@@ -162,12 +151,15 @@ impl Lab {
             spaces: Vec::new(),
         };
         let name = fresh_name();
-        for index in 0..count {
-            let number = u8::try_from(index + 1).context("too many nodes")?;
-            let ns = Netns::create(&format!("{name}-n{number}"))?;
-            lab.spaces.push(ns.clone());
+        let numbers: Vec<u8> = (1..=u8::try_from(count).context("too many nodes")?).collect();
+        lab.spaces = numbers
+            .iter()
+            .map(|number| Netns::named(&format!("{name}-n{number}")))
+            .collect();
+        Netns::create_all(&lab.spaces)?;
+        for (number, ns) in numbers.into_iter().zip(&lab.spaces) {
             lab.nodes.push(Node {
-                ns,
+                ns: ns.clone(),
                 v4: Ipv4Addr::new(10, 88, 0, number),
                 v6: Ipv6Addr::new(0xfd88, 0, 0, 0, 0, 0, 0, u16::from(number)),
                 mac: [2, 0x88, 0, 0, 0, number],
@@ -178,12 +170,15 @@ impl Lab {
 
     /// Another namespace that goes with the lab.
     pub fn add_space(&mut self, suffix: &str) -> Result<Netns> {
-        let ns = Netns::create(&format!("{}-{suffix}", fresh_name()))?;
-        self.spaces.push(ns.clone());
-        Ok(ns)
+        let space = Netns::named(&format!("{}-{suffix}", fresh_name()));
+        self.spaces.push(space.clone());
+        Netns::create_all(std::slice::from_ref(&space))?;
+        Ok(space)
     }
 
-    fn configure_nodes(&self) -> Result<()> {
+    /// Gives the nodes their addresses, and, where that is wanted, each a fixed entry for every other one, and waits
+    /// until they are at rest.
+    fn configure_nodes(&self, fixed_neighbours: bool) -> Result<()> {
         for node in &self.nodes {
             node.ns.enter(|| {
                 for (name, value) in [
@@ -199,12 +194,21 @@ impl Lab {
                 }
                 Ok(())
             })?;
-            node.ns.ip(&[
+            let mut lines = vec![
                 "link set lo up".to_owned(),
                 "link set eth0 up".to_owned(),
                 format!("addr add {}/24 dev eth0", node.v4),
                 format!("addr add {}/64 dev eth0 nodad", node.v6),
-            ])?;
+            ];
+            if fixed_neighbours {
+                for other in self.nodes.iter().filter(|other| other.v4 != node.v4) {
+                    let mac = mac_text(other.mac);
+                    lines.extend(other.addresses().map(|address| {
+                        format!("neigh replace {address} lladdr {mac} nud permanent dev eth0")
+                    }));
+                }
+            }
+            node.ns.ip(&lines)?;
         }
         for space in &self.spaces {
             await_carrier(space)?;
@@ -220,20 +224,6 @@ impl Lab {
                 .collect::<Vec<_>>()
                 .join(", ")
         ));
-        Ok(())
-    }
-
-    fn fix_neighbours(&self) -> Result<()> {
-        for node in &self.nodes {
-            let mut lines = Vec::new();
-            for other in self.nodes.iter().filter(|other| other.v4 != node.v4) {
-                let mac = mac_text(other.mac);
-                lines.extend(other.addresses().map(|address| {
-                    format!("neigh replace {address} lladdr {mac} nud permanent dev eth0")
-                }));
-            }
-            node.ns.ip(&lines)?;
-        }
         Ok(())
     }
 
@@ -318,17 +308,22 @@ impl Drop for Lab {
     fn drop(&mut self) {
         // What the kernel itself dropped explains a failure; shown only then.
         for node in &self.nodes {
-            if let Ok(links) = node.ns.tool("ip -s -s link show") {
-                note(&links.stdout);
+            let links = node.ns.enter(|| {
+                std::fs::read_to_string("/proc/thread-self/net/dev").context("counters of links")
+            });
+            if let Ok(links) = links {
+                note(&links);
             }
         }
-        for space in &self.spaces {
-            // A test may have deleted one itself.
-            if space.path().exists()
-                && let Err(error) = space.delete()
-            {
-                eprintln!("could not delete {}: {error:#}", space.name());
-            }
+        // A test may have deleted one itself.
+        let there: Vec<Netns> = self
+            .spaces
+            .iter()
+            .filter(|space| space.path().exists())
+            .cloned()
+            .collect();
+        if let Err(error) = Netns::delete_all(&there) {
+            eprintln!("could not delete the namespaces of a lab: {error:#}");
         }
     }
 }
