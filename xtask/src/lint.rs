@@ -10,7 +10,7 @@ use crate::process;
 use crate::setup::Setup;
 use crate::workspace;
 
-/// Runs all lints, each counted as one test.
+/// Runs all lints, each counted as one test, with what other tests leave of the CPUs.
 pub(crate) fn run(setup: &Setup) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     // rustfmt colours its differences even where they go to a file.
@@ -50,7 +50,7 @@ pub(crate) fn run(setup: &Setup) -> Result<Outcome> {
 
 /// Runs one lint.
 fn check(name: &str, command: &mut Command) -> Outcome {
-    let verdict = process::run(command, name);
+    let verdict = process::run(&mut process::in_the_background(command), name);
     match verdict {
         Ok(()) => {
             println!("lint {name} ... ok");

@@ -112,6 +112,24 @@ fn added_by_cargo(path: &OsStr) -> bool {
         || text.contains("/toolchains/")
 }
 
+/// The same command at the lowest priority: it gets of the CPUs what everything else leaves.
+pub(crate) fn in_the_background(command: &Command) -> Command {
+    let mut nice = Command::new("nice");
+    nice.args(["-n", "19"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => nice.env(name, value),
+            None => nice.env_remove(name),
+        };
+    }
+    if let Some(folder) = command.get_current_dir() {
+        nice.current_dir(folder);
+    }
+    nice
+}
+
 /// Looks a program up on `PATH` and in the folders of system programs, which `PATH` often lacks
 /// for ordinary users.
 pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
@@ -139,6 +157,18 @@ mod tests {
         let mut command = Command::new("apt-get");
         command.args(["install", "socat"]);
         assert_eq!(shown(&command), "apt-get install socat");
+    }
+
+    #[test]
+    fn in_the_background_a_command_is_the_same() {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "echo $(nice) $COLOUR $HOME; pwd"])
+            .env("COLOUR", "blue")
+            .env_remove("HOME")
+            .current_dir("/");
+        let said = capture(&mut in_the_background(&command), "trying").expect("sh runs");
+        assert_eq!(said, "19 blue\n/\n");
     }
 
     #[test]

@@ -54,7 +54,7 @@ pub(crate) enum Tier {
 
 impl Tier {
     /// All tiers, in the order in which they run.
-    const ALL: [Self; 5] = [Self::Unit, Self::Lint, Self::Program, Self::Lab, Self::Vm];
+    const ALL: [Self; 5] = [Self::Unit, Self::Program, Self::Lint, Self::Lab, Self::Vm];
 
     /// The tier's name; for privileged tiers also that of their test program.
     const fn name(self) -> &'static str {
@@ -148,7 +148,7 @@ fn tiers(options: &Options, total: &mut Outcome, times: &mut Vec<Row>) -> Result
         outcome: Outcome::default(),
         time: started.elapsed(),
     });
-    for tier in tiers {
+    let one = |tier: Tier| {
         println!("\n== {} ==", tier.name());
         let started = Instant::now();
         let outcome = match tier {
@@ -168,14 +168,44 @@ fn tiers(options: &Options, total: &mut Outcome, times: &mut Vec<Row>) -> Result
             println!("tier {} ... FAILED: {error:#}", tier.name());
             Outcome::failure(format!("{}: {error:#}", tier.name()))
         });
-        total.add(outcome.clone());
-        times.push(Row {
+        Row {
             tier: tier.name(),
             outcome,
             time: started.elapsed(),
+        }
+    };
+    for together in in_turn(&tiers) {
+        let rows: Vec<Result<Row>> = thread::scope(|scope| {
+            let one = &one;
+            let running: Vec<_> = together
+                .iter()
+                .map(|tier| scope.spawn(move || one(*tier)))
+                .collect();
+            running
+                .into_iter()
+                .zip(together)
+                .map(|(running, tier)| {
+                    running
+                        .join()
+                        .map_err(|_| anyhow!("tier {} panicked", tier.name()))
+                })
+                .collect()
         });
+        for row in rows {
+            let row = row?;
+            total.add(row.outcome.clone());
+            times.push(row);
+        }
     }
     Ok(())
+}
+
+/// Which tiers run at one time. Labs wait half of their time: lints, in the background, take nothing from them.
+fn in_turn(tiers: &[Tier]) -> Vec<&[Tier]> {
+    const TOGETHER: [Tier; 2] = [Tier::Lint, Tier::Lab];
+    tiers
+        .chunk_by(|one, other| TOGETHER.contains(one) && TOGETHER.contains(other))
+        .collect()
 }
 
 /// The table of tiers, then what failed and what was skipped.
