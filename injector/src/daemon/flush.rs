@@ -1,10 +1,13 @@
 //! Flushes: what lanes hold by rules that were healed with `--flush` is dropped as it comes out of its queue, until
 //! nothing can be left.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use super::{host::Host, lanes::MARGIN, lease::nanos, plane::Plane, record::Record, state::State};
-use crate::protocol::{ErrorBody, EventKind, FlushStatus};
+use crate::{
+    netns::NetnsId,
+    protocol::{ErrorBody, EventKind, FlushStatus},
+};
 
 /// A rule whose held packets are being dropped.
 #[derive(Debug)]
@@ -15,6 +18,10 @@ pub(super) struct Flush {
     pub(super) activation: u32,
     /// Nothing of it is held any more from then on, by the kernel's monotonic clock.
     pub(super) until_ns: u64,
+    /// When it was asked for.
+    pub(super) since_ns: u64,
+    /// Where its packets are held.
+    pub(super) lanes: BTreeSet<NetnsId>,
 }
 
 impl<P: Plane, H: Host> State<P, H> {
@@ -32,6 +39,8 @@ impl<P: Plane, H: Host> State<P, H> {
                     rule: record.rule.name.clone(),
                     activation: record.activation,
                     until_ns: self.holds_until(record)?,
+                    since_ns: self.plane.now_ns(),
+                    lanes: record.places.iter().map(|place| place.key.netns).collect(),
                 })
             })
             .collect();

@@ -531,6 +531,51 @@ impl<P: Plane, H: Host> State<P, H> {
             let until_ns = now_ns.saturating_add(nanos(hold.saturating_add(MARGIN)));
             if let Some(target) = self.targets.get_mut(&key) {
                 target.held_until_ns = target.held_until_ns.max(until_ns);
+                target.held_since_ns = now_ns;
+            }
+        }
+    }
+
+    /// Notices where nothing is held any more, though it could be for longer by rules that have ended. It is over
+    /// [`MARGIN`] later: the last packet that has left the account may still be on its way back. (None is on its way in:
+    /// from the hook into the account is one chain of calls, and for such ones a commit has waited.)
+    pub(super) fn notice_empty_lanes(&mut self) {
+        let now_ns = self.plane.now_ns();
+        let over_ns = now_ns.saturating_add(nanos(MARGIN));
+        let may_be_over = |since_ns: u64, until_ns: u64| since_ns < now_ns && over_ns < until_ns;
+        let held = self
+            .targets
+            .iter()
+            .filter(|(_, target)| may_be_over(target.held_since_ns, target.held_until_ns))
+            .map(|(key, _)| key.netns);
+        let flushed = self
+            .flushes
+            .iter()
+            .filter(|flush| may_be_over(flush.since_ns, flush.until_ns))
+            .flat_map(|flush| flush.lanes.iter().copied());
+        let looked_at: BTreeSet<NetnsId> = held.chain(flushed).collect();
+        // A damaged one's account need not be right.
+        let is_empty = |record: &LaneRecord<H::Lane>| {
+            record.damage.is_none()
+                && self.plane.lane_use(record.number).load == 0
+                && self
+                    .host
+                    .lane_stats(&record.lane)
+                    .is_ok_and(|queue| queue.qdisc.queued_packets == 0)
+        };
+        let empty: BTreeSet<NetnsId> = looked_at
+            .into_iter()
+            .filter(|id| self.lanes.get(id).is_none_or(is_empty))
+            .collect();
+        for (key, target) in &mut self.targets {
+            if empty.contains(&key.netns) && may_be_over(target.held_since_ns, target.held_until_ns)
+            {
+                target.held_until_ns = over_ns;
+            }
+        }
+        for flush in &mut self.flushes {
+            if flush.lanes.is_subset(&empty) && may_be_over(flush.since_ns, flush.until_ns) {
+                flush.until_ns = over_ns;
             }
         }
     }
@@ -650,6 +695,7 @@ impl<P: Plane, H: Host> State<P, H> {
             for key in released {
                 if let Some(target) = self.targets.get_mut(&key) {
                     target.held_until_ns = again_ns;
+                    target.held_since_ns = again_ns;
                 }
             }
             return;

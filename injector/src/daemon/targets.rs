@@ -52,8 +52,10 @@ pub(super) struct Target<A> {
     pub(super) attachment: Option<A>,
     /// What is wrong with it.
     pub(super) problem: Option<String>,
-    /// A lane holds packets of it until then, by rules that have ended; the kernel's monotonic clock.
+    /// A lane may hold packets of it until then, by rules that have ended; the kernel's monotonic clock.
     pub(super) held_until_ns: u64,
+    /// When the last of them was about to end.
+    pub(super) held_since_ns: u64,
     /// Packets that its interface had dropped as they arrived when it became a target.
     pub(super) rx_dropped: u64,
 }
@@ -175,6 +177,7 @@ impl<P: Plane, H: Host> State<P, H> {
                 attachment: Some(attachment),
                 problem: None,
                 held_until_ns: 0,
+                held_since_ns: 0,
             };
             self.targets.insert(key, target);
             fresh.made.push(key);

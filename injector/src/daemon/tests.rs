@@ -17,6 +17,7 @@ use serde_json::json;
 use super::{
     events::EventLog,
     host::{Host, Topology},
+    lanes::MARGIN,
     lease::LeaseView,
     plane::{
         ActiveRule, Committed, Exemption, Histograms, LaneBounds, LaneDevices, LaneNumber, LaneUse,
@@ -76,8 +77,12 @@ struct World {
     refuse_lane: Option<ErrorCode>,
     /// What lanes may hold.
     bounds: BTreeMap<LaneNumber, LaneBounds>,
-    /// The load of every lane.
+    /// The load of the first lane.
     load: u64,
+    /// The load of every other one.
+    second_load: u64,
+    /// Packets in the queues of every lane.
+    queued: u64,
     /// Limits of the queues of the lane made or limited last.
     queue_limits: Option<FqLimits>,
 }
@@ -177,8 +182,13 @@ impl Plane for FakePlane {
     fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
         self.0.world().bounds.insert(lane, bounds);
     }
-    fn lane_use(&self, _: LaneNumber) -> LaneUse {
-        let load = self.0.world().load;
+    fn lane_use(&self, lane: LaneNumber) -> LaneUse {
+        let world = self.0.world();
+        let load = if lane == LaneNumber(0) {
+            world.load
+        } else {
+            world.second_load
+        };
         LaneUse {
             packets: lane_load::packets(load),
             bytes: lane_load::bytes(load),
@@ -186,11 +196,16 @@ impl Plane for FakePlane {
             load,
         }
     }
-    fn empty_lane(&mut self, _: LaneNumber, seen: u64) -> bool {
+    fn empty_lane(&mut self, lane: LaneNumber, seen: u64) -> bool {
         let mut world = self.0.world();
-        let same = world.load == seen;
+        let load = if lane == LaneNumber(0) {
+            &mut world.load
+        } else {
+            &mut world.second_load
+        };
+        let same = *load == seen;
         if same {
-            world.load = 0;
+            *load = 0;
         }
         same
     }
@@ -225,7 +240,8 @@ struct FakeHost(Shared);
 
 impl Host for FakeHost {
     type Attachment = TargetLink;
-    type Lane = ();
+    /// Its namespace's inode.
+    type Lane = u64;
 
     fn resolve(&self, reference: &NetnsRef) -> Result<Netns, ErrorBody> {
         // `a` and /run/netns/a are the same one.
@@ -333,7 +349,7 @@ impl Host for FakeHost {
         _: BorrowedFd<'_>,
         _: LaneNumber,
         limits: FqLimits,
-    ) -> Result<((), LaneDevices), ErrorBody> {
+    ) -> Result<(u64, LaneDevices), ErrorBody> {
         let mut world = self.0.world();
         if let Some(code) = world.refuse_lane {
             return Err(ErrorBody::new(code, "there is no fq"));
@@ -342,7 +358,7 @@ impl Host for FakeHost {
         world.lane_damage = None;
         world.queue_limits = Some(limits);
         Ok((
-            (),
+            netns.id.ino,
             LaneDevices {
                 segmenter: 100,
                 line: 101,
@@ -352,20 +368,21 @@ impl Host for FakeHost {
     fn rx_dropped(&self, _: &TargetLink) -> Result<u64, ErrorBody> {
         Ok(0)
     }
-    fn limit_lane(&self, (): &(), limits: FqLimits) -> Result<(), ErrorBody> {
+    fn limit_lane(&self, _: &u64, limits: FqLimits) -> Result<(), ErrorBody> {
         self.0.world().queue_limits = Some(limits);
         Ok(())
     }
-    fn lane_damage(&self, (): &()) -> Result<Option<Damage>, ErrorBody> {
+    fn lane_damage(&self, _: &u64) -> Result<Option<Damage>, ErrorBody> {
         Ok(self.0.world().lane_damage)
     }
-    fn lane_stats(&self, (): &()) -> Result<LaneQueue, ErrorBody> {
+    fn lane_stats(&self, _: &u64) -> Result<LaneQueue, ErrorBody> {
         let mut queue = LaneQueue::default();
         queue.qdisc.dropped_packets = self.0.world().queue_drops;
+        queue.qdisc.queued_packets = self.0.world().queued;
         Ok(queue)
     }
-    fn remove_lane(&self, (): &mut ()) -> Result<u64, ErrorBody> {
-        self.0.world().lanes.clear();
+    fn remove_lane(&self, lane: &mut u64) -> Result<u64, ErrorBody> {
+        self.0.world().lanes.remove(lane);
         Ok(0)
     }
     fn double_pass(&self, targets: &[(Netns, u32)]) -> Vec<String> {
@@ -822,6 +839,7 @@ fn a_flush_lasts_as_long_as_something_may_be_held() {
     let mut other = rule("other", "eth0");
     other["fault"] = json!({"delay": "1s"});
     bench.add(&json!([slow, rule("cut", "eth0"), other]));
+    bench.world().load = lane_load::of(64);
     let flush =
         |bench: &mut Bench| bench.ask("heal", &json!({"names": ["slow", "cut"], "flush": true}));
     // As long as it is refused nothing changes.
@@ -871,6 +889,7 @@ fn what_an_expired_rule_still_holds_can_be_flushed() {
     slow["fault"] = json!({"delay": "3s"});
     slow["for"] = json!("5s");
     bench.add(&json!([slow]));
+    bench.world().load = lane_load::of(64);
     bench.pass(5);
     bench.pass(1);
     let Reply::Heal(healed) = bench
@@ -883,6 +902,88 @@ fn what_an_expired_rule_still_holds_can_be_flushed() {
     assert!(healed.flushing[0].remaining < 2.1);
     bench.pass(3);
     assert_eq!(bench.events(EventKind::Flushed).len(), 1);
+}
+
+#[test]
+fn a_lane_that_is_empty_is_not_kept_for_the_longest_hold() {
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "20s")]));
+    bench.world().load = 2 * lane_load::of(64);
+    let Reply::Heal(healed) = bench
+        .ask("heal", &json!({"all": true, "flush": true}))
+        .unwrap()
+    else {
+        panic!("heal");
+    };
+    assert!(!healed.host_restored);
+    // As long as it holds something …
+    bench.pass(1);
+    bench.world().load = lane_load::of(64);
+    bench.pass(1);
+    bench.world().load = 0;
+    bench.world().queued = 1;
+    bench.pass(1);
+    bench.pass(1);
+    assert_eq!(bench.world().attached.len(), 1);
+    assert_eq!(bench.stats().flushes.len(), 1);
+    // … and a moment longer.
+    bench.world().queued = 0;
+    let tick = bench.pass(1);
+    assert!(tick.wake <= MARGIN, "{tick:?}");
+    assert_eq!(bench.world().attached.len(), 1);
+    bench.pass(1);
+    assert!(bench.world().attached.is_empty() && bench.world().lanes.is_empty());
+    assert!(bench.stats().flushes.is_empty());
+    assert_eq!(bench.events(EventKind::Flushed).len(), 1);
+
+    // What is sent as the rule ends need not be in the account yet.
+    bench.add(&json!([delaying("two", "eth0", "20s")]));
+    assert!(!bench.heal(&["two"]).host_restored);
+    let tick = bench.pass(0);
+    assert!(tick.wake > MARGIN, "{tick:?}");
+    bench.pass(1);
+    // Where it cannot be let go of, that is tried again once a second.
+    bench.world().refuse_commit = true;
+    let problems = bench.events(EventKind::Problem).len();
+    for _ in 0..25 {
+        bench.world().now_ns += SECOND / 10;
+        bench.state.tick();
+    }
+    assert_eq!(bench.events(EventKind::Problem).len(), problems + 3);
+    bench.world().refuse_commit = false;
+    bench.pass(1);
+    assert!(bench.world().attached.is_empty());
+
+    // The account of a damaged one need not be right.
+    bench.add(&json!([delaying("three", "eth0", "20s")]));
+    bench.world().lane_damage = Some(Damage::Gone("inj-line"));
+    bench.pass(2);
+    bench.heal(&["three"]);
+    for _ in 0..4 {
+        bench.pass(2);
+    }
+    assert_eq!(bench.world().attached.len(), 1);
+    bench.pass(20);
+    assert!(bench.world().attached.is_empty());
+}
+
+#[test]
+fn each_lane_is_kept_for_what_it_holds_itself() {
+    let mut bench = bench();
+    let mut elsewhere = delaying("elsewhere", "eth0", "20s");
+    elsewhere["netns"] = json!("a");
+    bench.add(&json!([delaying("here", "eth0", "20s")]));
+    bench.add(&json!([elsewhere]));
+    bench.world().second_load = lane_load::of(64);
+    bench.heal(&["here", "elsewhere"]);
+    bench.pass(1);
+    bench.pass(1);
+    assert_eq!(bench.world().lanes, BTreeSet::from([2]));
+    assert_eq!(bench.world().attached.len(), 1);
+    bench.world().second_load = 0;
+    bench.pass(1);
+    bench.pass(1);
+    assert!(bench.world().lanes.is_empty() && bench.world().attached.is_empty());
 }
 
 #[test]

@@ -537,18 +537,6 @@ impl Injector {
             .with_context(|| format!("stats are not as documented: {value}"))
     }
 
-    /// What events say of flushes of a rule of this name that are over.
-    pub fn flushed(&self, rule: &str) -> Result<Vec<String>> {
-        let events = self.json(&["events"])?;
-        Ok(events["events"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter(|event| event["kind"] == "flushed" && event["rule"] == rule)
-            .filter_map(|event| event["message"].as_str().map(str::to_owned))
-            .collect())
-    }
-
     /// `heal --all`.
     pub fn heal_all(&self) -> Result<Value> {
         self.json(&["heal", "--all"])

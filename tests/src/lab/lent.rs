@@ -4,7 +4,8 @@
 use std::{
     ops::Deref,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -13,16 +14,22 @@ use serde_json::{Value, json};
 use super::{
     injector::{Injector, Stats},
     transcript::{note, report},
-    wait::wait_to_end,
 };
 
 /// The one that no test has at the moment.
 static IDLE: Mutex<Option<Arc<Injector>>> = Mutex::new(None);
 
+/// How long held packets may take to leave their lane: to wait longer would take as long as a new daemon.
+const LEAVING: Duration = Duration::from_secs(4);
+
 /// An injector with a daemon of default settings and without rules. When the test is done with it, it goes to the next
 /// one, if it is as good as new; otherwise it ends.
 #[derive(Debug)]
-pub struct Lent(Arc<Injector>);
+pub struct Lent {
+    injector: Arc<Injector>,
+    /// The last event of earlier tests.
+    earlier: Value,
+}
 
 impl Lent {
     /// The one that an earlier test has left, or a new one.
@@ -38,7 +45,21 @@ impl Lent {
             }
             None => Arc::new(Injector::started(&[])?),
         };
-        Ok(Self(injector))
+        let events = injector.connect()?.call("events", &json!({}))?;
+        Ok(Self {
+            injector,
+            earlier: events["last"].clone(),
+        })
+    }
+
+    /// What events say of flushes of a rule of this name that are over, at the socket.
+    pub fn flushed(&self, rule: &str) -> Result<Vec<String>> {
+        Ok(self
+            .events("flushed")?
+            .into_iter()
+            .filter(|event| event["rule"] == rule)
+            .filter_map(|event| event["message"].as_str().map(str::to_owned))
+            .collect())
     }
 
     /// `stats`, asked for at the socket: in emulation each start of the command takes half a second.
@@ -64,7 +85,7 @@ impl Deref for Lent {
     type Target = Injector;
 
     fn deref(&self) -> &Injector {
-        &self.0
+        &self.injector
     }
 }
 
@@ -73,10 +94,11 @@ impl Drop for Lent {
         if std::thread::panicking() {
             return;
         }
-        match as_good_as_new(&self.0) {
+        match self.return_as_new() {
             Ok(()) => {
-                note(self.0.daemon_log());
-                *IDLE.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&self.0));
+                note(self.injector.daemon_log());
+                *IDLE.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some(Arc::clone(&self.injector));
             }
             // Not only noted: where this becomes usual, a new daemon for each test takes most of the tests' time.
             Err(error) => report(format!("the daemon serves no further test: {error:#}")),
@@ -93,24 +115,43 @@ fn take() -> Option<Arc<Injector>> {
     IDLE.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-/// How long held packets may take to leave their lane: to wait longer would take as long as a new daemon.
-const LEAVING: Duration = Duration::from_secs(4);
+impl Lent {
+    /// Heals everything; fails if anything is left of it, was lost in lanes, or went wrong.
+    fn return_as_new(&self) -> Result<()> {
+        let mut connection = self.connect()?;
+        let all = json!({"all": true});
+        connection.call("heal", &all)?;
+        // Lanes go when they are empty, and what they lost goes with them.
+        let began = Instant::now();
+        loop {
+            let left = self.stats()?;
+            left.lanes_lost_nothing()?;
+            ensure!(left.lapses == 0, "its lease has lapsed: {left:?}");
+            if left.targets.is_empty() && left.lanes.is_empty() && left.flushes.is_empty() {
+                break;
+            }
+            ensure!(began.elapsed() < LEAVING, "something is left: {left:?}");
+            thread::sleep(Duration::from_millis(20));
+        }
+        let healed = connection.call("heal", &all)?;
+        ensure!(
+            healed["host_restored"] == json!(true),
+            "the host is not as it was: {healed}"
+        );
+        let problems = self.events("problem")?;
+        ensure!(problems.is_empty(), "it had problems: {problems:?}");
+        Ok(())
+    }
 
-/// Heals everything; fails if anything is left of it, or was lost in lanes.
-fn as_good_as_new(injector: &Injector) -> Result<()> {
-    let mut connection = injector.connect()?;
-    let mut stats = None;
-    // Lanes go when they are empty. What a rule holds that is still there need not be waited for.
-    wait_to_end("nothing is left", LEAVING, || {
-        let healed = connection.call("heal", &json!({"all": true, "flush": true}))?;
-        let left: Stats = serde_json::from_value(connection.call("stats", &json!({}))?)
-            .context("reading stats")?;
-        let gone = left.lanes.is_empty() && left.flushes.is_empty();
-        stats = Some(left);
-        Ok(gone && healed["host_restored"] == json!(true))
-    })
-    .with_context(|| format!("{stats:?}"))?;
-    let stats = stats.context("nobody has looked")?;
-    ensure!(stats.lapses == 0, "its lease has lapsed: {stats:?}");
-    stats.lanes_lost_nothing()
+    /// The events of a kind since this test has the daemon.
+    fn events(&self, kind: &str) -> Result<Vec<Value>> {
+        let since = json!({"after": self.earlier});
+        let answer = self.connect()?.call("events", &since)?;
+        let events = answer["events"].as_array().context("no list of events")?;
+        Ok(events
+            .iter()
+            .filter(|event| event["kind"] == kind)
+            .cloned()
+            .collect())
+    }
 }

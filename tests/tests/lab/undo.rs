@@ -126,7 +126,7 @@ fn one_host(ending: Ending, prepare: Prepare) -> Result<()> {
     let during = look()?;
     for (part, before) in [
         ("links", &before[0]),
-        ("addresses, routes and rules", &before[0]),
+        ("routes", &before[0]),
         ("sysctls", &before[0]),
     ] {
         ensure!(

@@ -15,7 +15,7 @@ use tests::lab::{
     timed::{Timed, delays},
     topology::Lab,
     trial::{Need, trial},
-    wait::wait_until,
+    wait::{wait_for, wait_until},
 };
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -45,6 +45,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             "life::order_is_kept_when_one_of_two_rules_ends",
             NEEDS,
             order_is_kept_when_one_of_two_rules_ends,
+        ),
+        trial(
+            "life::a_lane_goes_when_it_is_empty",
+            NEEDS,
+            a_lane_goes_when_it_is_empty,
         ),
         trial(
             "life::a_killed_daemon_s_lane_is_harmless",
@@ -228,12 +233,7 @@ fn a_flush_drops_copies_and_not_originals() -> Result<()> {
     let path = Timed::v4(a, 6000, b, 7000)?;
     let sent = path.send(1..=20, Duration::from_millis(1))?;
     injector.json(&["heal", "replay", "--flush"])?;
-    wait_until("the copies are dropped", Duration::from_secs(10), || {
-        let stats = injector.stats()?;
-        let dropped = stats.flushes.first().map(|flush| flush.egress_packets);
-        ensure!(dropped.is_some(), "the flush ended early: {stats:?}");
-        Ok(dropped == Some(20))
-    })?;
+    dropped(&injector, "replay", 20)?;
     let mut arrived = path.receive(40, Duration::from_millis(300), Duration::from_secs(10))?;
     arrived.sort_by_key(|one| (one.at_ns, one.number));
     let taken = delays(&sent, &arrived);
@@ -276,12 +276,19 @@ fn a_flush_counts_segments_that_the_kernel_has_not_counted() -> Result<()> {
         .both(|one| one.matched_packets);
     ensure!(matched == all, "{matched} of {all} segments matched");
     injector.json(&["heal", "slow", "--flush"])?;
-    wait_until("they are dropped", Duration::from_secs(10), || {
-        let stats = injector.stats()?;
-        let dropped = stats.flushes.first().map(|flush| flush.egress_packets);
-        ensure!(dropped.is_some(), "the flush ended early: {stats:?}");
-        Ok(dropped == Some(all))
-    })
+    dropped(&injector, "slow", all)
+}
+
+/// Waits until the flush of a rule is over, and it has dropped so many packets.
+fn dropped(injector: &Lent, rule: &str, packets: u64) -> Result<()> {
+    let told = wait_for("the flush is over", Duration::from_secs(10), || {
+        Ok(Some(injector.flushed(rule)?).filter(|told| !told.is_empty()))
+    })?;
+    ensure!(
+        told.len() == 1 && told[0].contains(&format!(": {packets} packets")),
+        "not {packets} packets were dropped: {told:?}"
+    );
+    Ok(())
 }
 
 /// What stays is a rule that needs no lane by itself: later packets wait for held ones all the same.
@@ -307,6 +314,42 @@ fn order_is_kept_when_one_of_two_rules_ends() -> Result<()> {
         "packets overtook held ones, or were lost: {arrived:?}"
     );
     injector.stats()?.lanes_lost_nothing()
+}
+
+/// And not before; however long the rules that have ended could have held what was not sent.
+fn a_lane_goes_when_it_is_empty() -> Result<()> {
+    const COULD_HOLD: Duration = Duration::from_mins(2);
+    let lab = Lab::steady_pair()?;
+    let (a, b) = (lab.a(), lab.b());
+    a.make_clsact()?;
+    let before = Snapshot::of(&a.ns)?;
+    let injector = Lent::new()?;
+    for rule in [
+        format!("long --peer-port 7001 --delay {}s", COULD_HOLD.as_secs()),
+        "short --peer-port 7000 --delay 3s".to_owned(),
+    ] {
+        injector.add(&format!(
+            "{rule} --netns {} --iface eth0 --to {} --proto udp",
+            a.netns(),
+            b.v4
+        ))?;
+    }
+    let path = Timed::v4(a, 6000, b, 7000)?;
+    path.send(1..=20, Duration::ZERO)?;
+    injector.heal_all()?;
+    let held = injector.stats()?.lanes;
+    ensure!(
+        held.len() == 1 && held[0].queued_packets == 20,
+        "the lane has let go of what it holds: {held:?}"
+    );
+    let arrived = path.receive(20, Duration::ZERO, Duration::from_secs(10))?;
+    ensure!(
+        arrived.iter().map(|one| one.number).eq(1..=20),
+        "what was held has not left in order: {arrived:?}"
+    );
+    wait_until("the lane has gone", Duration::from_secs(20), || {
+        before.must_equal(&Snapshot::of(&a.ns)?).map(|()| true)
+    })
 }
 
 fn a_killed_daemon_s_lane_is_harmless() -> Result<()> {
