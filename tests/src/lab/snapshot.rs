@@ -84,28 +84,30 @@ impl Snapshot {
     }
 }
 
-/// What `ip` says of a namespace, as few processes as possible: in emulation each takes a twentieth of a second. Its
-/// options are for all that it is asked at once, and only links have no other place where details are.
-const ASKED_OF_IP: [(&str, &[&str], &str); 3] = [
-    ("links", &["-d"], "link show"),
-    (
-        "addresses, routes and rules",
-        &["-o"],
-        // Routes of all families, rules of IPv4.
-        "address show\nroute show table all\nrule show",
-    ),
-    ("rules v6", &["-6"], "rule show"),
-];
-
-/// What `ip` and `tc` say of a namespace; `command` makes a command there.
+/// What `ip` and `tc` say of a namespace, where `command` makes commands. In as few processes as possible, since in
+/// emulation each takes a twentieth of a second.
 fn asked(command: impl Fn(&str) -> Result<Command>) -> Result<BTreeMap<String, String>> {
-    let mut parts = BTreeMap::new();
-    for (name, options, questions) in ASKED_OF_IP {
-        let mut ip = command("ip")?;
-        ip.args(options).args(["-batch", "-"]);
-        parts.insert(name.to_owned(), answers(ip, questions)?);
+    let ask = |program: &str, option: Option<&str>, questions: &str| {
+        let mut command = command(program)?;
+        command.args(option).args(["-batch", "-"]);
+        let answered =
+            command::run_with_input(command, questions.as_bytes(), command::DEADLINE)?.success()?;
+        anyhow::Ok(answered.stdout)
+    };
+    let mut parts: BTreeMap<String, String> = BTreeMap::new();
+    // Routes of all families, rules of IPv4.
+    let questions = "address show\nroute show table all\nrule show";
+    for line in ask("ip", Some("-o"), questions)?.split_inclusive('\n') {
+        let behind_number = line.trim_start_matches(|c: char| c.is_ascii_digit());
+        let part = match behind_number.as_bytes() {
+            [b':', b' ', ..] => "addresses",
+            [b':', b'\t', ..] => "rules",
+            _ => "routes",
+        };
+        parts.entry(part.to_owned()).or_default().push_str(line);
     }
-    let links = parts.get("links").map_or("", String::as_str);
+    parts.insert("rules v6".to_owned(), ask("ip", Some("-6"), "rule show")?);
+    let links = ask("ip", Some("-d"), "link show")?;
     let mut questions = "qdisc show\n".to_owned();
     for line in links.lines().filter(|line| !line.starts_with(' ')) {
         let Some(name) = line.split(": ").nth(1).and_then(|n| n.split('@').next()) else {
@@ -115,22 +117,17 @@ fn asked(command: impl Fn(&str) -> Result<Command>) -> Result<BTreeMap<String, S
             writeln!(questions, "filter show dev {name} {place}")?;
         }
     }
-    let mut tc = command("tc")?;
-    tc.args(["-batch", "-"]);
-    let found = answers(tc, &questions)?;
-    let (qdiscs, filters) = match found.find("\nfilter ") {
-        Some(end) => found.split_at(end + 1),
-        None => (found.as_str(), ""),
-    };
+    parts.insert("links".to_owned(), links);
+    let found = ask("tc", None, &questions)?;
+    let qdiscs = found
+        .split_inclusive('\n')
+        .take_while(|line| line.starts_with("qdisc ") || line.starts_with(char::is_whitespace))
+        .map(str::len)
+        .sum();
+    let (qdiscs, filters) = found.split_at(qdiscs);
     parts.insert("qdiscs".to_owned(), qdiscs.to_owned());
     parts.insert("filters".to_owned(), questions + filters);
     Ok(parts)
-}
-
-/// What a command says to these questions, one a line.
-fn answers(command: Command, questions: &str) -> Result<String> {
-    let answered = command::run_with_input(command, questions.as_bytes(), command::DEADLINE)?;
-    Ok(answered.success()?.stdout)
 }
 
 fn contains_line(text: &str, line: &str) -> bool {

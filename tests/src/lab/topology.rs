@@ -322,8 +322,11 @@ impl Drop for Lab {
             .filter(|space| space.path().exists())
             .cloned()
             .collect();
-        if let Err(error) = Netns::delete_all(&there) {
-            eprintln!("could not delete the namespaces of a lab: {error:#}");
+        if !there.is_empty()
+            && let Err(error) = Netns::delete_all(&there)
+        {
+            let names: Vec<&str> = there.iter().map(Netns::name).collect();
+            eprintln!("could not delete {}: {error:#}", names.join(", "));
         }
     }
 }

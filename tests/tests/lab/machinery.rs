@@ -148,6 +148,7 @@ fn a_snapshot_sees_every_kind_of_change() -> Result<()> {
         ("ip link set eth0 mtu 1400", "links"),
         ("ip route add 203.0.113.0/24 dev eth0", "routes"),
         ("ip rule add fwmark 7 lookup 7", "rules"),
+        ("ip -6 rule add fwmark 7 lookup 7", "rules v6"),
         ("sysctl -w net.ipv4.conf.eth0.accept_local=1", "sysctls"),
         ("ip addr add 203.0.113.1/32 dev lo", "addresses"),
     ] {
