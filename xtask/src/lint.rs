@@ -10,7 +10,7 @@ use crate::process;
 use crate::setup::Setup;
 use crate::workspace;
 
-/// Runs all lints, each counted as one test, with what other tests leave of the CPUs.
+/// Runs all lints, each counted as one test, at the lowest priority: labs may run beside them.
 pub(crate) fn run(setup: &Setup) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     // rustfmt colours its differences even where they go to a file.

@@ -75,7 +75,7 @@ enum Verb {
     /// Run things on Debian's kernels, in virtual machines
     #[command(subcommand)]
     Vm(VmVerb),
-    /// Run the tests: unit, lint, program (`BPF_PROG_TEST_RUN`), lab (network namespaces) and vm (the same on
+    /// Run the tests: unit, program (`BPF_PROG_TEST_RUN`), lint, lab (network namespaces) and vm (the same on
     /// other kernels, and everything that needs a lane)
     ///
     /// Ends with one line: "N passed, N failed, N skipped". Fails if a test failed, and, where CI

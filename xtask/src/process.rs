@@ -112,7 +112,7 @@ fn added_by_cargo(path: &OsStr) -> bool {
         || text.contains("/toolchains/")
 }
 
-/// The same command at the lowest priority: it gets of the CPUs what everything else leaves.
+/// The same command at the lowest priority: it gets of the CPUs what everything else of the session leaves.
 pub(crate) fn in_the_background(command: &Command) -> Command {
     let mut nice = Command::new("nice");
     nice.args(["-n", "19"])

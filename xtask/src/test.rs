@@ -149,7 +149,6 @@ fn tiers(options: &Options, total: &mut Outcome, times: &mut Vec<Row>) -> Result
         time: started.elapsed(),
     });
     let one = |tier: Tier| {
-        println!("\n== {} ==", tier.name());
         let started = Instant::now();
         let outcome = match tier {
             Tier::Unit => unit(&built, options),
@@ -174,37 +173,36 @@ fn tiers(options: &Options, total: &mut Outcome, times: &mut Vec<Row>) -> Result
             time: started.elapsed(),
         }
     };
-    for together in in_turn(&tiers) {
-        let rows: Vec<Result<Row>> = thread::scope(|scope| {
+    for together in in_turn(&tiers, Privilege::find() == Privilege::Root) {
+        let names: Vec<&str> = together.iter().map(|tier| tier.name()).collect();
+        println!("\n== {} ==", names.join(" and "));
+        thread::scope(|scope| {
             let one = &one;
             let running: Vec<_> = together
                 .iter()
                 .map(|tier| scope.spawn(move || one(*tier)))
                 .collect();
-            running
-                .into_iter()
-                .zip(together)
-                .map(|(running, tier)| {
-                    running
-                        .join()
-                        .map_err(|_| anyhow!("tier {} panicked", tier.name()))
-                })
-                .collect()
+            for (running, name) in running.into_iter().zip(names) {
+                match running.join() {
+                    Ok(row) => {
+                        total.add(row.outcome.clone());
+                        times.push(row);
+                    }
+                    Err(_) => total.add(Outcome::failure(format!("tier {name} panicked"))),
+                }
+            }
         });
-        for row in rows {
-            let row = row?;
-            total.add(row.outcome.clone());
-            times.push(row);
-        }
     }
     Ok(())
 }
 
-/// Which tiers run at one time. Labs wait half of their time: lints, in the background, take nothing from them.
-fn in_turn(tiers: &[Tier]) -> Vec<&[Tier]> {
+/// Which tiers run at one time. Labs wait half of their time, and lints, at the lowest priority, take what they leave.
+/// Only as root: sudo may give labs a session of their own, and priorities mean nothing between sessions (`sched(7)`,
+/// autogroups).
+fn in_turn(tiers: &[Tier], root: bool) -> Vec<&[Tier]> {
     const TOGETHER: [Tier; 2] = [Tier::Lint, Tier::Lab];
     tiers
-        .chunk_by(|one, other| TOGETHER.contains(one) && TOGETHER.contains(other))
+        .chunk_by(|one, other| root && TOGETHER.contains(one) && TOGETHER.contains(other))
         .collect()
 }
 
@@ -411,6 +409,10 @@ fn machines(setup: &Setup, built: &Built, options: &Options) -> Outcome {
     if let Some(program) = &options.program {
         plan.retain(|(_, name, _)| name == program);
     }
+    // A filter of the caller's need not match everywhere, and a machine takes its time to come up.
+    if let Some(filter) = &options.filter {
+        plan.retain(|(_, name, _)| lists(built, name, filter).unwrap_or(true));
+    }
     // One after the other: they come from one package manager.
     let mut kernels = BTreeMap::new();
     for (line, _, _) in &plan {
@@ -447,8 +449,7 @@ fn machines(setup: &Setup, built: &Built, options: &Options) -> Outcome {
                         say(&format!("{title} ... FAILED: {error:#}"));
                         Outcome::failure(format!("{title}: {error:#}"))
                     });
-                    // What is planned is there. A filter of the caller's need not be everywhere.
-                    if one.is_empty() && options.filter.is_none() {
+                    if one.is_empty() {
                         one.add(Outcome::failure(format!("{title}: no test ran")));
                     }
                     say(&format!(
@@ -475,6 +476,16 @@ fn machines(setup: &Setup, built: &Built, options: &Options) -> Outcome {
         }
     }
     outcome
+}
+
+/// Whether a test program has a test with this in its name, as it says itself.
+fn lists(built: &Built, name: &str, filter: &str) -> Result<bool> {
+    let mut command = Command::new(&privileged_program(built, name)?.path);
+    let listed = process::capture(
+        command.args(["--list", filter]),
+        "asking a test program for its tests",
+    )?;
+    Ok(listed.lines().any(|line| line.ends_with(": test")))
 }
 
 /// The newest kernel of a line.
