@@ -297,7 +297,7 @@ pub(super) fn flushes(flushes: &[FlushStatus]) -> String {
     for flush in flushes {
         let _ = writeln!(
             text,
-            "dropping what rule {} held, for {:.1} s more; {} packets so far",
+            "dropping what rule {} held, for {:.1} s at most; {} packets so far",
             flush.rule,
             flush.remaining,
             flush.egress_packets + flush.ingress_packets
@@ -333,7 +333,7 @@ mod tests {
         };
         assert_eq!(
             flushes(&[flush]),
-            "dropping what rule slow held, for 1.2 s more; 7 packets so far\n"
+            "dropping what rule slow held, for 1.2 s at most; 7 packets so far\n"
         );
         assert!(flushes(&[]).is_empty());
     }
