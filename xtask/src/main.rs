@@ -69,7 +69,7 @@ enum Verb {
     /// Build the injector and run `injector lab …`: network namespaces on a bridge to try things in
     ///
     /// Everything after `lab` is passed on: `cargo xtask lab up --nodes 3`, `cargo xtask lab
-    /// exec n1 -- ping -c1 n2`, `cargo xtask lab down`, `cargo xtask lab --help`.
+    /// exec n1 -- ping -c1 10.77.0.2`, `cargo xtask lab down`, `cargo xtask lab --help`.
     #[command(disable_help_flag = true)]
     Lab(PassedOn),
     /// Run things on Debian's kernels, in virtual machines
