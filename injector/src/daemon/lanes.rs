@@ -543,38 +543,24 @@ impl<P: Plane, H: Host> State<P, H> {
         let now_ns = self.plane.now_ns();
         let over_ns = now_ns.saturating_add(nanos(MARGIN));
         let may_be_over = |since_ns: u64, until_ns: u64| since_ns < now_ns && over_ns < until_ns;
-        let held = self
-            .targets
-            .iter()
-            .filter(|(_, target)| may_be_over(target.held_since_ns, target.held_until_ns))
-            .map(|(key, _)| key.netns);
-        let flushed = self
-            .flushes
-            .iter()
-            .filter(|flush| may_be_over(flush.since_ns, flush.until_ns))
-            .flat_map(|flush| flush.lanes.iter().copied());
-        let looked_at: BTreeSet<NetnsId> = held.chain(flushed).collect();
         // A damaged one's account need not be right.
-        let is_empty = |record: &LaneRecord<H::Lane>| {
-            record.damage.is_none()
-                && self.plane.lane_use(record.number).load == 0
-                && self
-                    .host
-                    .lane_stats(&record.lane)
-                    .is_ok_and(|queue| queue.qdisc.queued_packets == 0)
+        let is_empty = |netns: &NetnsId| {
+            self.lanes.get(netns).is_none_or(|record| {
+                record.damage.is_none()
+                    && self.plane.lane_use(record.number).load == 0
+                    && self
+                        .host
+                        .lane_stats(&record.lane)
+                        .is_ok_and(|queue| queue.qdisc.queued_packets == 0)
+            })
         };
-        let empty: BTreeSet<NetnsId> = looked_at
-            .into_iter()
-            .filter(|id| self.lanes.get(id).is_none_or(is_empty))
-            .collect();
         for (key, target) in &mut self.targets {
-            if empty.contains(&key.netns) && may_be_over(target.held_since_ns, target.held_until_ns)
-            {
+            if may_be_over(target.held_since_ns, target.held_until_ns) && is_empty(&key.netns) {
                 target.held_until_ns = over_ns;
             }
         }
         for flush in &mut self.flushes {
-            if flush.lanes.is_subset(&empty) && may_be_over(flush.since_ns, flush.until_ns) {
+            if may_be_over(flush.since_ns, flush.until_ns) && flush.lanes.iter().all(is_empty) {
                 flush.until_ns = over_ns;
             }
         }
