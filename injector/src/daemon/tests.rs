@@ -87,6 +87,16 @@ struct World {
     queue_limits: Option<FqLimits>,
 }
 
+impl World {
+    fn load_of(&mut self, lane: LaneNumber) -> &mut u64 {
+        if lane == LaneNumber(0) {
+            &mut self.load
+        } else {
+            &mut self.second_load
+        }
+    }
+}
+
 #[derive(Clone)]
 struct Shared(Arc<Mutex<World>>);
 
@@ -183,12 +193,7 @@ impl Plane for FakePlane {
         self.0.world().bounds.insert(lane, bounds);
     }
     fn lane_use(&self, lane: LaneNumber) -> LaneUse {
-        let world = self.0.world();
-        let load = if lane == LaneNumber(0) {
-            world.load
-        } else {
-            world.second_load
-        };
+        let load = *self.0.world().load_of(lane);
         LaneUse {
             packets: lane_load::packets(load),
             bytes: lane_load::bytes(load),
@@ -198,11 +203,7 @@ impl Plane for FakePlane {
     }
     fn empty_lane(&mut self, lane: LaneNumber, seen: u64) -> bool {
         let mut world = self.0.world();
-        let load = if lane == LaneNumber(0) {
-            &mut world.load
-        } else {
-            &mut world.second_load
-        };
+        let load = world.load_of(lane);
         let same = *load == seen;
         if same {
             *load = 0;

@@ -79,6 +79,43 @@ impl Lent {
         note(format!("healed {name}: {healed}"));
         Ok(())
     }
+
+    /// Heals everything; fails if anything is left of it, was lost in lanes, or went wrong.
+    fn return_as_new(&self) -> Result<()> {
+        self.heal_all()?;
+        // Lanes go when they are empty, and what they lost goes with them.
+        let began = Instant::now();
+        loop {
+            let left = self.stats()?;
+            left.lanes_lost_nothing()?;
+            ensure!(left.lapses == 0, "its lease has lapsed: {left:?}");
+            if left.targets.is_empty() && left.lanes.is_empty() && left.flushes.is_empty() {
+                break;
+            }
+            ensure!(began.elapsed() < LEAVING, "something is left: {left:?}");
+            thread::sleep(Duration::from_millis(20));
+        }
+        let healed = self.heal_all()?;
+        ensure!(
+            healed["host_restored"] == json!(true),
+            "the host is not as it was: {healed}"
+        );
+        let problems = self.events("problem")?;
+        ensure!(problems.is_empty(), "it had problems: {problems:?}");
+        Ok(())
+    }
+
+    /// The events of a kind since this test has the daemon.
+    fn events(&self, kind: &str) -> Result<Vec<Value>> {
+        let since = json!({"after": self.earlier});
+        let answer = self.connect()?.call("events", &since)?;
+        let events = answer["events"].as_array().context("no list of events")?;
+        Ok(events
+            .iter()
+            .filter(|event| event["kind"] == kind)
+            .cloned()
+            .collect())
+    }
 }
 
 impl Deref for Lent {
@@ -113,45 +150,4 @@ pub fn dismiss() {
 
 fn take() -> Option<Arc<Injector>> {
     IDLE.lock().unwrap_or_else(PoisonError::into_inner).take()
-}
-
-impl Lent {
-    /// Heals everything; fails if anything is left of it, was lost in lanes, or went wrong.
-    fn return_as_new(&self) -> Result<()> {
-        let mut connection = self.connect()?;
-        let all = json!({"all": true});
-        connection.call("heal", &all)?;
-        // Lanes go when they are empty, and what they lost goes with them.
-        let began = Instant::now();
-        loop {
-            let left = self.stats()?;
-            left.lanes_lost_nothing()?;
-            ensure!(left.lapses == 0, "its lease has lapsed: {left:?}");
-            if left.targets.is_empty() && left.lanes.is_empty() && left.flushes.is_empty() {
-                break;
-            }
-            ensure!(began.elapsed() < LEAVING, "something is left: {left:?}");
-            thread::sleep(Duration::from_millis(20));
-        }
-        let healed = connection.call("heal", &all)?;
-        ensure!(
-            healed["host_restored"] == json!(true),
-            "the host is not as it was: {healed}"
-        );
-        let problems = self.events("problem")?;
-        ensure!(problems.is_empty(), "it had problems: {problems:?}");
-        Ok(())
-    }
-
-    /// The events of a kind since this test has the daemon.
-    fn events(&self, kind: &str) -> Result<Vec<Value>> {
-        let since = json!({"after": self.earlier});
-        let answer = self.connect()?.call("events", &since)?;
-        let events = answer["events"].as_array().context("no list of events")?;
-        Ok(events
-            .iter()
-            .filter(|event| event["kind"] == kind)
-            .cloned()
-            .collect())
-    }
 }
