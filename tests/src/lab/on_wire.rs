@@ -55,6 +55,17 @@ pub struct Seen {
 }
 
 impl Seen {
+    /// Adds one skb, unless no socket of this connection has sent it: what answers in place of one that is gone has
+    /// no number (`tcp_sk_init`, `net/ipv4/tcp_ipv4.c`, 6.1), and comes after the end. What a socket sent before its
+    /// end may come after it too, from another CPU's backlog.
+    fn arrived(&mut self, segment: &Segment) -> Result<()> {
+        if self.ended && segment.is_bare && segment.identification == 0 {
+            return Ok(());
+        }
+        self.ended |= segment.is_end;
+        self.add(segment.identification, segment.packets)
+    }
+
     /// Adds what has come by: `packets` in one skb, the first of this identification.
     fn add(&mut self, identification: u16, packets: u64) -> Result<()> {
         let first = if self.last == 0 {
@@ -171,13 +182,7 @@ fn collect(socket: &OwnedFd, port: u16, stop: &AtomicBool) -> Result<BTreeMap<u1
         };
         latest = Instant::now();
         let connection = seen.entry(segment.from).or_default();
-        // What acknowledges the other end's FIN is sent by no socket any more, and has a number of another kind
-        // (`tcp_v4_timewait_ack`, net/ipv4/tcp_ipv4.c, 6.1).
-        if connection.ended && segment.is_bare {
-            continue;
-        }
-        connection.ended |= segment.is_end;
-        connection.add(segment.identification, segment.packets)?;
+        connection.arrived(&segment)?;
     }
     // Reading the number sets it to zero.
     let dropped = dropped(socket)?;
@@ -243,7 +248,7 @@ fn dropped(socket: &OwnedFd) -> Result<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::Seen;
+    use super::{Seen, Segment};
 
     #[test]
     fn gaps_are_what_is_missing() -> anyhow::Result<()> {
@@ -255,6 +260,32 @@ mod tests {
         assert_eq!(seen.missing(), [3, 8, 10]);
         assert_eq!((seen.last, seen.overtaken), (11, 1));
         assert!(seen.add(65_530, 1).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn what_its_own_end_overtook_is_seen() -> anyhow::Result<()> {
+        let bare = |identification| Segment {
+            from: 1,
+            identification,
+            packets: 1,
+            is_end: false,
+            is_bare: true,
+        };
+        let end = |identification| Segment {
+            is_end: true,
+            is_bare: false,
+            ..bare(identification)
+        };
+        let mut seen = Seen::default();
+        seen.arrived(&bare(700))?;
+        seen.arrived(&end(702))?;
+        assert_eq!(seen.missing(), [2]);
+        // Of no socket.
+        seen.arrived(&bare(0))?;
+        assert_eq!((seen.last, seen.missing()), (3, vec![2]));
+        seen.arrived(&bare(701))?;
+        assert_eq!((seen.missing(), seen.overtaken), (vec![], 1));
         Ok(())
     }
 }

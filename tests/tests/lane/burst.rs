@@ -153,9 +153,10 @@ fn eight_streams(a: &Node, b: &Node, in_order: bool) -> Result<()> {
             talks_back: false,
         };
         let (senders, taken) = transfer.run(a, b, port)?;
-        drop(netem);
         let again = Nstat::read(&a.ns)?.since(&before, "TcpRetransSegs")?;
         let seen = capture.finish()?;
+        // Not before: what it holds goes with it.
+        drop(netem);
         let (mut packets, mut overtaken, mut missing) = (0, 0, 0);
         for sender in senders {
             let connection = seen
