@@ -543,11 +543,14 @@ impl<P: Plane, H: Host> State<P, H> {
         let now_ns = self.plane.now_ns();
         let over_ns = now_ns.saturating_add(nanos(MARGIN));
         let may_be_over = |since_ns: u64, until_ns: u64| since_ns < now_ns && over_ns < until_ns;
-        // A damaged one's account need not be right.
+        // A damaged one's account need not be right. One that was full holds nothing of what it refused, but later
+        // packets of the same flow are to leave after that would have.
         let is_empty = |netns: &NetnsId| {
             self.lanes.get(netns).is_none_or(|record| {
+                let held = self.plane.lane_use(record.number);
                 record.damage.is_none()
-                    && self.plane.lane_use(record.number).load == 0
+                    && held.load == 0
+                    && held.full_packets == 0
                     && self
                         .host
                         .lane_stats(&record.lane)

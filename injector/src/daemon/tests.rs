@@ -81,6 +81,8 @@ struct World {
     load: u64,
     /// The load of every other one.
     second_load: u64,
+    /// Packets that every lane refused since it was made.
+    full_packets: u64,
     /// Packets in the queues of every lane.
     queued: u64,
     /// Limits of the queues of the lane made or limited last.
@@ -188,6 +190,7 @@ impl Plane for FakePlane {
         let mut world = self.0.world();
         world.bounds.remove(&lane);
         world.load = 0;
+        world.full_packets = 0;
     }
     fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
         self.0.world().bounds.insert(lane, bounds);
@@ -197,7 +200,7 @@ impl Plane for FakePlane {
         LaneUse {
             packets: lane_load::packets(load),
             bytes: lane_load::bytes(load),
-            full_packets: 0,
+            full_packets: self.0.world().full_packets,
             load,
         }
     }
@@ -965,6 +968,17 @@ fn a_lane_that_is_empty_is_not_kept_for_the_longest_hold() {
     }
     assert_eq!(bench.world().attached.len(), 1);
     bench.pass(20);
+    assert!(bench.world().attached.is_empty());
+
+    // Later packets of a flow may wait for one that a full lane refused.
+    bench.world().lane_damage = None;
+    bench.add(&json!([delaying("four", "eth0", "20s")]));
+    bench.world().full_packets = 1;
+    bench.heal(&["four"]);
+    bench.pass(10);
+    bench.pass(9);
+    assert_eq!(bench.world().attached.len(), 1);
+    bench.pass(2);
     assert!(bench.world().attached.is_empty());
 }
 
