@@ -333,7 +333,11 @@ impl RunArgs {
                 } else {
                     failure.causes = errors.iter().map(ToString::to_string).collect();
                 }
-                failure.help("`injector validate` shows each with its place; docs/scenarios.md has the language")
+                failure.help(if errors.iter().any(|error| error.at.is_some()) {
+                    "`injector validate` shows each with its place; docs/scenarios.md has the language"
+                } else {
+                    "docs/scenarios.md has the language, and how a scenario is played on several hosts"
+                })
             },
         )?;
         if self.dry_run {

@@ -154,7 +154,12 @@ pub enum Action {
         steps: Vec<Planned>,
     },
     /// The part of other hosts.
-    Others(String),
+    Others {
+        /// What it is, in words.
+        words: String,
+        /// It is rules, which a step can heal before their time is over.
+        healable: bool,
+    },
 }
 
 /// The seed of one step: SipHash-2-4 of its path, keyed with the run's seed.
@@ -483,7 +488,7 @@ impl Planner<'_> {
                 | Action::Pause(_)
                 | Action::Kill { .. }
                 | Action::Group { .. }
-                | Action::Others(_)
+                | Action::Others { .. }
         );
         if step.lasts.is_some() && !faulty {
             self.wrong(
@@ -630,7 +635,10 @@ impl Planner<'_> {
         let selves = self.selves_of(step);
         let ours = |action: Action| {
             if selves.is_empty() {
-                Action::Others(format!("not for this host: {}", action.words()))
+                Action::Others {
+                    words: others(&action.words()),
+                    healable: matches!(action, Action::Rules { .. }),
+                }
             } else {
                 action
             }
@@ -646,7 +654,7 @@ impl Planner<'_> {
             return self.partition(at, partition, path);
         }
         if let Some(ramp) = &step.ramp {
-            return self.ramp(at, ramp, path, &selves).map(ours);
+            return self.ramp(at, ramp, path, &selves);
         }
         if let Some(heal) = &step.heal {
             return Some(self.heal(at, heal, scopes));
@@ -941,7 +949,10 @@ impl Planner<'_> {
         );
         let words = format!("partition {}", cut.words);
         Some(if rules.is_empty() {
-            Action::Others(format!("not for this host: {words}"))
+            Action::Others {
+                words: others(&words),
+                healable: true,
+            }
         } else {
             Action::Rules { rules, words }
         })
@@ -991,13 +1002,18 @@ impl Planner<'_> {
             };
             values.push((text, rules));
         }
+        let words = format!(
+            "{} from {} to {} over {}",
+            ramp.field, ramp.from, ramp.to, ramp.over
+        );
         Some(Action::Ramp {
             values,
             each: ramp.over.0 / ramp.steps,
-            words: format!(
-                "{} from {} to {} over {}",
-                ramp.field, ramp.from, ramp.to, ramp.over
-            ),
+            words: if selves.is_empty() {
+                others(&words)
+            } else {
+                words
+            },
         })
     }
 
@@ -1041,7 +1057,7 @@ impl Planner<'_> {
             | Action::AskedPartition { .. }
             | Action::Ramp { .. }
             | Action::Pause(_)
-            | Action::Others(_) => {
+            | Action::Others { .. } => {
                 faults.insert(step.path.clone());
             }
             _ => {}
@@ -1600,7 +1616,7 @@ impl Action {
     #[must_use]
     pub fn words(&self) -> String {
         match self {
-            Self::Rules { words, .. } | Self::Ramp { words, .. } | Self::Others(words) => {
+            Self::Rules { words, .. } | Self::Ramp { words, .. } | Self::Others { words, .. } => {
                 words.clone()
             }
             Self::AskedPartition { partition, .. } => {
@@ -1630,6 +1646,11 @@ impl Action {
             Self::Group { .. } => "one after the other:".to_owned(),
         }
     }
+}
+
+/// What is the part of other hosts, in words.
+fn others(words: &str) -> String {
+    format!("not for this host: {words}")
 }
 
 /// Processes in words.
@@ -1865,7 +1886,7 @@ steps:
             "steps:\n  - {on: b, rule: {peer: c, fault: {cut: true}}, for: 3s}\n  - {wait: 1s}\n",
             &["a"],
         );
-        assert!(matches!(plan.steps[0].action, Action::Others(_)));
+        assert!(matches!(plan.steps[0].action, Action::Others { .. }));
         assert!((at(&plan)[1].1 - 3.0).abs() < 1e-9);
     }
 
@@ -1913,6 +1934,36 @@ steps:
             .collect();
         assert_eq!(delays.len(), 4);
         assert_eq!((delays[0].as_str(), delays[3].as_str()), ("1ms", "2s"));
+    }
+
+    #[test]
+    fn what_other_hosts_do_takes_its_time_here() {
+        let steps = "steps:
+  - {name: ramp, on: b, ramp: {rule: {peer: a}, field: delay, from: 0ms, to: 2s, over: 60s}}
+  - {name: cut, on: b, rule: {peer: a, fault: {cut: true}}, for: 5s}
+  - {name: still, on: b, pause: {pid: 1}, for: 3s}
+  - {name: split, partition: {shape: sides, sides: [[b], [c]]}, for: 2s}
+  - {heal: [ramp, cut, still, split]}
+";
+        let (here, there) = (good(steps, &["a"]), good(steps, &["b"]));
+        assert_eq!(at(&here), at(&there));
+        let here: Vec<_> = here.steps.iter().map(|step| &step.action).collect();
+        let healable: Vec<bool> = here[1..4]
+            .iter()
+            .map(|action| match action {
+                Action::Others { words, healable } => {
+                    assert!(words.starts_with("not for this host"), "{words}");
+                    *healable
+                }
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(healable, [true, false, true]);
+        let Action::Ramp { values, words, .. } = here[0] else {
+            panic!("{:?}", here[0])
+        };
+        assert!(values.iter().all(|(_, rules)| rules.is_empty()));
+        assert!(words.starts_with("not for this host"), "{words}");
     }
 
     #[test]

@@ -42,6 +42,11 @@ pub(crate) fn tests() -> Vec<Trial> {
             NEEDS,
             a_killed_run_thaws_what_it_froze,
         ),
+        trial(
+            "scenario_hosts::a_fault_of_others_ends_here_too_when_it_is_healed",
+            NEEDS,
+            a_fault_of_others_ends_here_too_when_it_is_healed,
+        ),
     ]
 }
 
@@ -231,4 +236,33 @@ steps:
     wait_until("it is thawed", Duration::from_secs(30), || {
         Ok(!group.frozen()?)
     })
+}
+
+/// What follows a fault in its sequence begins on all hosts at the same time, also where another step heals it.
+fn a_fault_of_others_ends_here_too_when_it_is_healed() -> Result<()> {
+    let injector = Injector::started(&[])?;
+    let text = "name: others
+hosts: {a: 198.18.7.1, b: 198.18.7.2, c: 198.18.7.3}
+targets: {iface: [none0]}
+settle: 0s
+steps:
+  - {name: ramp, on: a, ramp: {rule: {peer: b}, field: delay, from: 0ms, to: 1s, over: 1h}}
+  - {name: cut, at: 0s, on: a, rule: {peer: b, fault: {cut: true}}, for: 1h}
+  - {name: split, at: 0s, partition: {shape: sides, sides: [[a], [c]]}, for: 1h}
+  - {name: whole, at: 0s, on: a, ramp: {rule: {peer: b}, field: delay, from: 0ms, to: 1s, over: 3s}}
+  - {name: heal, at: 1s, heal: [ramp, cut, split]}
+";
+    let run = Run::play(&injector, text, &["--self", "b"])?;
+    run.expect(0, "passed")?;
+    let log = run.log()?;
+    ensure!(of(&log, "fault_started").is_empty(), "{log:#?}");
+    let ended: Vec<&str> = of(&log, "step_ended")
+        .iter()
+        .filter_map(|record| record["step"].as_str())
+        .collect();
+    ensure!(
+        ended.len() == 5 && ended.last() == Some(&"whole"),
+        "{ended:?}"
+    );
+    Ok(())
 }

@@ -64,6 +64,8 @@ pub(super) struct Faults {
 
 /// The fault of a step, while it acts.
 struct Active {
+    /// It acts on other hosts, and has no rules here.
+    elsewhere: bool,
     rules: BTreeSet<String>,
     /// What rules did that have been replaced since.
     before: Vec<RuleStats>,
@@ -140,6 +142,7 @@ impl Faults {
         self.locked().insert(
             step.to_owned(),
             Active {
+                elsewhere: false,
                 rules: names.clone(),
                 before: Vec::new(),
                 healed,
@@ -167,6 +170,22 @@ impl Faults {
             self.recorder().write(Event::Note { text: warning });
         }
         Ok(receiver)
+    }
+
+    /// Takes down that a step's fault acts on other hosts. The receiver turns true when it is healed, which it is by the
+    /// same steps there as here.
+    pub(super) fn start_elsewhere(&self, step: &str) -> watch::Receiver<bool> {
+        let (healed, receiver) = watch::channel(false);
+        self.locked().insert(
+            step.to_owned(),
+            Active {
+                elsewhere: true,
+                rules: BTreeSet::new(),
+                before: Vec::new(),
+                healed,
+            },
+        );
+        receiver
     }
 
     /// Changes the rules of a step to others of the same names, at once; to none where there are none.
@@ -238,6 +257,10 @@ impl Faults {
         let Some(active) = self.locked().remove(step) else {
             return Ok(());
         };
+        if active.elsewhere {
+            active.healed.send_replace(true);
+            return Ok(());
+        }
         let mut rules = active.before;
         rules.extend(self.heal_rules(step, active.rules).await?);
         let matched = rules

@@ -220,7 +220,7 @@ impl Player {
                 let words = format!("partition {}", cut.words);
                 if rules.is_empty() {
                     begun();
-                    self.pause_for(step.lasts.unwrap_or_default()).await;
+                    self.elsewhere(step, step.lasts).await?;
                 } else {
                     self.fault(step, &words, rules, begun).await?;
                 }
@@ -282,7 +282,8 @@ impl Player {
                 self.resume_where(|paused| is_within(paused, &step.path))?;
                 Ok((!done).then(|| format!("ended after {}", duration::format(lasts))))
             }
-            Action::Others(_) => {
+            Action::Others { healable: true, .. } => self.elsewhere(step, step.lasts).await,
+            Action::Others { .. } => {
                 // The other hosts' part takes its time here too.
                 self.pause_for(step.lasts.unwrap_or_default()).await;
                 Ok(None)
@@ -307,9 +308,27 @@ impl Player {
         let Some(lasts) = step.lasts else {
             return Ok(None);
         };
+        self.until_healed(step, &mut healed, lasts).await
+    }
+
+    /// A fault of other hosts, which takes its time here too: until it is over, or another step heals it.
+    async fn elsewhere(&self, step: &Planned, lasts: Option<Duration>) -> Outcomes {
+        let mut healed = self.faults.start_elsewhere(&step.path);
+        match lasts {
+            None => Ok(None),
+            Some(lasts) => self.until_healed(step, &mut healed, lasts).await,
+        }
+    }
+
+    /// Until the time of a step's fault is over, which is healed then, or another step has healed it.
+    async fn until_healed(
+        &self,
+        step: &Planned,
+        healed: &mut watch::Receiver<bool>,
+        lasts: Duration,
+    ) -> Outcomes {
         tokio::select! {
             () = self.pause_for(lasts) => {}
-            // Another step has healed it.
             _ = healed.wait_for(|healed| *healed) => {}
         }
         self.faults
@@ -329,9 +348,8 @@ impl Player {
     ) -> Outcomes {
         if values.iter().all(|(_, rules)| rules.is_empty()) {
             begun();
-            self.pause_for(each * u32::try_from(values.len()).unwrap_or(u32::MAX))
-                .await;
-            return Ok(None);
+            let lasts = each * u32::try_from(values.len()).unwrap_or(u32::MAX);
+            return self.elsewhere(step, Some(lasts)).await;
         }
         let mut healed = None;
         for (text, rules) in values {
