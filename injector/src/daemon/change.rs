@@ -701,7 +701,7 @@ impl<P: Plane, H: Host> State<P, H> {
         let held = self
             .targets
             .iter()
-            .filter(|(_, target)| target.held_until_ns != 0);
+            .filter(|(_, target)| target.hold.is_some());
         let mut targets: BTreeMap<TargetKey, TargetConfig> = held
             .map(|(key, target)| (*key, target.config(self.lane_of(key, &needed))))
             .collect();
@@ -1005,7 +1005,7 @@ impl<P: Plane, H: Host> State<P, H> {
         let all: HashSet<u32> = self.rules.iter().map(|record| record.activation).collect();
         // Nobody is there to wait for what lanes hold: `remove` sets no time for it while leaving.
         for target in self.targets.values_mut() {
-            target.held_until_ns = 0;
+            target.hold = None;
         }
         let healed = self
             .remove(&all, EventKind::RuleHealed, "healed: the daemon leaves")

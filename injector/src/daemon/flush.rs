@@ -3,7 +3,14 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use super::{host::Host, lanes::MARGIN, lease::nanos, plane::Plane, record::Record, state::State};
+use super::{
+    host::Host,
+    lanes::{Hold, MARGIN},
+    lease::nanos,
+    plane::Plane,
+    record::Record,
+    state::State,
+};
 use crate::{
     netns::NetnsId,
     protocol::{ErrorBody, EventKind, FlushStatus},
@@ -16,10 +23,8 @@ pub(super) struct Flush {
     pub(super) rule: String,
     /// Its activation.
     pub(super) activation: u32,
-    /// Nothing of it is held any more from then on, by the kernel's monotonic clock.
-    pub(super) until_ns: u64,
-    /// When it was asked for.
-    pub(super) since_ns: u64,
+    /// What is held of it.
+    pub(super) hold: Hold,
     /// Where its packets are held.
     pub(super) lanes: BTreeSet<NetnsId>,
 }
@@ -38,8 +43,7 @@ impl<P: Plane, H: Host> State<P, H> {
                 Some(Flush {
                     rule: record.rule.name.clone(),
                     activation: record.activation,
-                    until_ns: self.holds_until(record)?,
-                    since_ns: self.plane.now_ns(),
+                    hold: Hold::new(self.plane.now_ns(), self.holds_until(record)?),
                     lanes: record.places.iter().map(|place| place.key.netns).collect(),
                 })
             })
@@ -68,7 +72,8 @@ impl<P: Plane, H: Host> State<P, H> {
             .places
             .iter()
             .filter_map(|place| self.targets.get(&place.key))
-            .map(|target| target.held_until_ns)
+            .filter_map(|target| target.hold)
+            .map(|hold| hold.until_ns)
             .max()
             .filter(|until| *until > now_ns)
     }
@@ -88,7 +93,7 @@ impl<P: Plane, H: Host> State<P, H> {
             .iter()
             .map(|flush| {
                 let [egress_packets, ingress_packets] = self.plane.flushed(flush.activation)?;
-                let left = flush.until_ns.saturating_sub(now_ns);
+                let left = flush.hold.until_ns.saturating_sub(now_ns);
                 Ok(FlushStatus {
                     rule: flush.rule.clone(),
                     egress_packets,
@@ -104,7 +109,7 @@ impl<P: Plane, H: Host> State<P, H> {
         let now_ns = self.plane.now_ns();
         let (over, going_on) = std::mem::take(&mut self.flushes)
             .into_iter()
-            .partition(|flush| flush.until_ns <= now_ns);
+            .partition(|flush| flush.hold.over_ns() <= now_ns);
         self.flushes = going_on;
         let over: Vec<Flush> = over;
         if over.is_empty() {
@@ -129,7 +134,7 @@ impl<P: Plane, H: Host> State<P, H> {
 
     /// When the next flush is over, by the kernel's monotonic clock.
     pub(super) fn next_flush_end_ns(&self) -> Option<u64> {
-        self.flushes.iter().map(|flush| flush.until_ns).min()
+        self.flushes.iter().map(|flush| flush.hold.over_ns()).min()
     }
 
     /// Numbers for activations to come. Packets in lanes know rules by the lowest 16 bits, so those of a rule that is

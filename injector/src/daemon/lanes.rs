@@ -11,7 +11,7 @@ use injector_common::{layout::MAX_CANDIDATES, line::PACED_MOST_NS};
 use super::{
     host::Host,
     lease::nanos,
-    plane::{LaneBounds, LaneDevices, LaneNumber, Plane},
+    plane::{LaneBounds, LaneDevices, LaneNumber, LaneUse, Plane},
     poll::PERIOD,
     record::{Place, Record},
     state::State,
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     attach::TargetLink,
-    lane::Damage,
+    lane::{Damage, LaneQueue},
     netlink::{FqLimits, LinkKind},
     netns::{Netns, NetnsId},
     protocol::{ErrorBody, ErrorCode, EventKind, LaneStats},
@@ -28,6 +28,46 @@ use crate::{
 
 /// Packets whose time has come leave within so long, even on a busy machine.
 pub(super) const MARGIN: Duration = Duration::from_millis(50);
+
+/// What lanes may hold by rules that have ended. Times are the kernel's monotonic clock.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Hold {
+    /// When the last of these rules was about to end.
+    since_ns: u64,
+    /// From then on nothing is held.
+    pub(super) until_ns: u64,
+    /// Since when nothing has been seen to be held.
+    empty_ns: Option<u64>,
+}
+
+impl Hold {
+    pub(super) const fn new(since_ns: u64, until_ns: u64) -> Self {
+        Self {
+            since_ns,
+            until_ns,
+            empty_ns: None,
+        }
+    }
+
+    /// When it is over: [`MARGIN`] after the lanes are seen to be empty, for the last packet that has left the account
+    /// may still be on its way back, and not later than what was computed.
+    pub(super) fn over_ns(&self) -> u64 {
+        self.empty_ns.map_or(self.until_ns, |empty_ns| {
+            self.until_ns.min(empty_ns.saturating_add(nanos(MARGIN)))
+        })
+    }
+
+    /// Looks whether something is held. (Nothing is on its way in: from the hook into the account is one chain of calls,
+    /// and for such ones the commit has waited that ended the rules.)
+    fn look(&mut self, now_ns: u64, is_empty: impl FnOnce() -> bool) {
+        let ends_soon =
+            self.empty_ns.is_none() && now_ns.saturating_add(nanos(MARGIN)) >= self.until_ns;
+        if now_ns <= self.since_ns || ends_soon {
+            return;
+        }
+        self.empty_ns = is_empty().then(|| self.empty_ns.unwrap_or(now_ns));
+    }
+}
 
 /// One lane.
 pub(super) struct LaneRecord<L> {
@@ -55,8 +95,19 @@ pub(super) struct LaneRecord<L> {
     before: Losses,
 }
 
+impl<L> LaneRecord<L> {
+    /// Whether nothing is held in it, now or in what its flows remember: later packets of a flow leave after one that
+    /// was lost would have, and need a queue whose horizon reaches as far. A damaged lane's account need not be right.
+    fn is_empty(&self, held: &LaneUse, queue: impl FnOnce() -> Option<LaneQueue>) -> bool {
+        self.damage.is_none()
+            && (self.missing, self.before) == (0, Losses::default())
+            && (held.load, held.full_packets) == (0, 0)
+            && queue().is_some_and(|queue| (queue.qdisc.queued_packets, queue.dropped()) == (0, 0))
+    }
+}
+
 /// What counters of a lane tell of.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Losses {
     full: u64,
     dropped: u64,
@@ -291,7 +342,8 @@ impl<P: Plane, H: Host> State<P, H> {
         let now_ns = self.plane.now_ns();
         let mut holds: BTreeMap<NetnsId, Duration> = BTreeMap::new();
         for (key, target) in &self.targets {
-            let left = Duration::from_nanos(target.held_until_ns.saturating_sub(now_ns));
+            let until_ns = target.hold.map_or(0, |hold| hold.until_ns);
+            let left = Duration::from_nanos(until_ns.saturating_sub(now_ns));
             let hold = holds.entry(key.netns).or_default();
             *hold = (*hold).max(left);
         }
@@ -530,42 +582,33 @@ impl<P: Plane, H: Host> State<P, H> {
             let hold = self.longest_hold_at(&key);
             let until_ns = now_ns.saturating_add(nanos(hold.saturating_add(MARGIN)));
             if let Some(target) = self.targets.get_mut(&key) {
-                target.held_until_ns = target.held_until_ns.max(until_ns);
-                target.held_since_ns = now_ns;
+                let before_ns = target.hold.map_or(0, |hold| hold.until_ns);
+                target.hold = Some(Hold::new(now_ns, until_ns.max(before_ns)));
             }
         }
     }
 
-    /// Notices where nothing is held any more, though it could be for longer by rules that have ended. It is over
-    /// [`MARGIN`] later: the last packet that has left the account may still be on its way back. (None is on its way in:
-    /// from the hook into the account is one chain of calls, and for such ones a commit has waited.)
-    pub(super) fn notice_empty_lanes(&mut self) {
+    /// Looks where something is held that could be for longer by rules that have ended.
+    pub(super) fn look_at_holds(&mut self) {
         let now_ns = self.plane.now_ns();
-        let over_ns = now_ns.saturating_add(nanos(MARGIN));
-        let may_be_over = |since_ns: u64, until_ns: u64| since_ns < now_ns && over_ns < until_ns;
-        // A damaged one's account need not be right. One that was full holds nothing of what it refused, but later
-        // packets of the same flow are to leave after that would have.
-        let is_empty = |netns: &NetnsId| {
-            self.lanes.get(netns).is_none_or(|record| {
-                let held = self.plane.lane_use(record.number);
-                record.damage.is_none()
-                    && held.load == 0
-                    && held.full_packets == 0
-                    && self
-                        .host
-                        .lane_stats(&record.lane)
-                        .is_ok_and(|queue| queue.qdisc.queued_packets == 0)
+        let mut found: BTreeMap<NetnsId, bool> = BTreeMap::new();
+        let mut is_empty = |netns: &NetnsId| {
+            *found.entry(*netns).or_insert_with(|| {
+                self.lanes.get(netns).is_none_or(|record| {
+                    let held = self.plane.lane_use(record.number);
+                    record.is_empty(&held, || self.host.lane_stats(&record.lane).ok())
+                })
             })
         };
         for (key, target) in &mut self.targets {
-            if may_be_over(target.held_since_ns, target.held_until_ns) && is_empty(&key.netns) {
-                target.held_until_ns = over_ns;
+            if let Some(hold) = &mut target.hold {
+                hold.look(now_ns, || is_empty(&key.netns));
             }
         }
         for flush in &mut self.flushes {
-            if may_be_over(flush.since_ns, flush.until_ns) && flush.lanes.iter().all(is_empty) {
-                flush.until_ns = over_ns;
-            }
+            flush
+                .hold
+                .look(now_ns, || flush.lanes.iter().all(&mut is_empty));
         }
     }
 
@@ -608,7 +651,7 @@ impl<P: Plane, H: Host> State<P, H> {
         let held = self
             .targets
             .iter()
-            .filter(|(_, target)| target.held_until_ns != 0)
+            .filter(|(_, target)| target.hold.is_some())
             .map(|(key, _)| key.netns);
         by_rules.chain(held).collect()
     }
@@ -656,8 +699,8 @@ impl<P: Plane, H: Host> State<P, H> {
     pub(super) fn next_release_ns(&self) -> Option<u64> {
         self.targets
             .values()
-            .map(|target| target.held_until_ns)
-            .filter(|until| *until != 0)
+            .filter_map(|target| target.hold)
+            .map(|hold| hold.over_ns())
             .min()
     }
 
@@ -666,8 +709,8 @@ impl<P: Plane, H: Host> State<P, H> {
         let now_ns = self.plane.now_ns();
         let mut released = Vec::new();
         for (key, target) in &mut self.targets {
-            if target.held_until_ns != 0 && target.held_until_ns <= now_ns {
-                target.held_until_ns = 0;
+            if target.hold.is_some_and(|hold| hold.over_ns() <= now_ns) {
+                target.hold = None;
                 released.push(*key);
             }
         }
@@ -683,8 +726,7 @@ impl<P: Plane, H: Host> State<P, H> {
             let again_ns = self.plane.now_ns().saturating_add(nanos(PERIOD));
             for key in released {
                 if let Some(target) = self.targets.get_mut(&key) {
-                    target.held_until_ns = again_ns;
-                    target.held_since_ns = again_ns;
+                    target.hold = Some(Hold::new(again_ns, again_ns));
                 }
             }
             return;

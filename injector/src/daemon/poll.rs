@@ -57,7 +57,7 @@ impl<P: Plane, H: Host> State<P, H> {
     pub fn tick(&mut self) -> Tick {
         self.tell_lapses();
         self.expire();
-        self.notice_empty_lanes();
+        self.look_at_holds();
         self.release_held();
         self.end_flushes();
         let now_ns = self.plane.now_ns();

@@ -9,7 +9,7 @@ use injector_common::line::PACED_MOST_NS;
 
 use super::{
     host::Host,
-    lanes::MARGIN,
+    lanes::{Hold, MARGIN},
     lease::nanos,
     plane::{LaneDevices, Plane, TargetConfig, TargetSlot},
     state::State,
@@ -52,10 +52,8 @@ pub(super) struct Target<A> {
     pub(super) attachment: Option<A>,
     /// What is wrong with it.
     pub(super) problem: Option<String>,
-    /// A lane may hold packets of it until then, by rules that have ended; the kernel's monotonic clock.
-    pub(super) held_until_ns: u64,
-    /// When the last of them was about to end.
-    pub(super) held_since_ns: u64,
+    /// What a lane may hold of it by rules that have ended.
+    pub(super) hold: Option<Hold>,
     /// Packets that its interface had dropped as they arrived when it became a target.
     pub(super) rx_dropped: u64,
 }
@@ -176,8 +174,7 @@ impl<P: Plane, H: Host> State<P, H> {
                 link: link.clone(),
                 attachment: Some(attachment),
                 problem: None,
-                held_until_ns: 0,
-                held_since_ns: 0,
+                hold: None,
             };
             self.targets.insert(key, target);
             fresh.made.push(key);
@@ -199,7 +196,7 @@ impl<P: Plane, H: Host> State<P, H> {
             .plane
             .now_ns()
             .saturating_add(nanos(hold))
-            .max(target.held_until_ns);
+            .max(target.hold.map_or(0, |hold| hold.until_ns));
         self.resting.push(Resting {
             slot: target.slot,
             until_ns,
@@ -280,7 +277,7 @@ impl<P: Plane, H: Host> State<P, H> {
             .chain(
                 self.targets
                     .iter()
-                    .filter(|(_, target)| target.held_until_ns != 0)
+                    .filter(|(_, target)| target.hold.is_some())
                     .map(|(key, _)| *key),
             )
             .collect();

@@ -969,16 +969,62 @@ fn a_lane_that_is_empty_is_not_kept_for_the_longest_hold() {
     assert_eq!(bench.world().attached.len(), 1);
     bench.pass(20);
     assert!(bench.world().attached.is_empty());
+}
 
-    // Later packets of a flow may wait for one that a full lane refused.
-    bench.world().lane_damage = None;
-    bench.add(&json!([delaying("four", "eth0", "20s")]));
-    bench.world().full_packets = 1;
-    bench.heal(&["four"]);
-    bench.pass(10);
-    bench.pass(9);
+#[test]
+fn a_lane_that_has_lost_packets_is_kept_for_the_longest_hold() {
+    // Later packets of their flows may wait for them.
+    let full = |world: &mut World| world.full_packets = 1;
+    let dropped = |world: &mut World| world.queue_drops = 1;
+    let missing = |world: &mut World| world.load = lane_load::of(64);
+    let loses: [fn(&mut World); 3] = [full, dropped, missing];
+    for lose in loses {
+        let mut bench = bench();
+        bench.add(&json!([delaying("one", "eth0", "40s")]));
+        lose(&mut bench.world());
+        bench.pass(1);
+        bench.pass(1);
+        bench.heal(&["one"]);
+        for _ in 0..3 {
+            bench.pass(13);
+        }
+        assert_eq!(bench.world().attached.len(), 1);
+        bench.pass(2);
+        assert!(bench.world().attached.is_empty());
+    }
+    // So may those of a lane in whose place another one is.
+    for lose in [full, missing] {
+        let mut bench = bench();
+        bench.add(&json!([delaying("one", "eth0", "40s")]));
+        lose(&mut bench.world());
+        bench.world().lane_damage = Some(Damage::Gone("inj-line"));
+        bench.pass(1);
+        bench.world().lane_damage = None;
+        bench.add(&json!([delaying("two", "eth0", "1s")]));
+        assert_eq!(bench.world().full_packets, 0);
+        bench.heal(&["one", "two"]);
+        bench.pass(1);
+        bench.pass(1);
+        assert_eq!(bench.world().attached.len(), 1);
+    }
+}
+
+#[test]
+fn a_lane_is_looked_at_until_it_goes() {
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "20s")]));
+    bench.heal(&["one"]);
+    bench.pass(1);
+    // A packet of a flow that had waited there until just now.
+    bench.world().load = lane_load::of(64);
+    bench.world().queued = 1;
+    bench.pass(1);
+    bench.pass(1);
     assert_eq!(bench.world().attached.len(), 1);
-    bench.pass(2);
+    bench.world().load = 0;
+    bench.world().queued = 0;
+    bench.pass(1);
+    bench.pass(1);
     assert!(bench.world().attached.is_empty());
 }
 
@@ -989,9 +1035,10 @@ fn each_lane_is_kept_for_what_it_holds_itself() {
     elsewhere["netns"] = json!("a");
     bench.add(&json!([delaying("here", "eth0", "20s")]));
     bench.add(&json!([elsewhere]));
-    bench.world().second_load = lane_load::of(64);
+    bench.world().second_load = 2 * lane_load::of(64);
     bench.heal(&["here", "elsewhere"]);
     bench.pass(1);
+    bench.world().second_load = lane_load::of(64);
     bench.pass(1);
     assert_eq!(bench.world().lanes, BTreeSet::from([2]));
     assert_eq!(bench.world().attached.len(), 1);
