@@ -31,7 +31,10 @@ pub(super) const MARGIN: Duration = Duration::from_millis(50);
 
 /// What lanes may hold by rules that have ended. Times are the kernel's monotonic clock.
 #[derive(Debug, Clone, Copy)]
-#[expect(clippy::struct_field_names, reason = "times end in their unit everywhere")]
+#[expect(
+    clippy::struct_field_names,
+    reason = "times end in their unit everywhere"
+)]
 pub(super) struct Hold {
     /// When the last of these rules was about to end.
     since_ns: u64,

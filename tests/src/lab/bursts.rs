@@ -87,17 +87,46 @@ pub fn interval(n: u64, p: f64) -> (u64, u64) {
 }
 
 /// The same for the losses of a Gilbert-Elliott model that goes bad with `p`, good with `r`, and loses
-/// everything that it meets while bad: the variance of a sum over a chain of two states whose steps correlate by
-/// 1 - p - r is (1 + c) / (1 - c) times that of independent ones. By 5.5 standard deviations, once in 26 million
-/// times.
+/// everything that it meets while bad. Lengths of bursts are skew, so a normal distribution's tail is too thin; by
+/// Chernoff's bound, P(losses >= x) <= E(exp(t * losses)) * exp(-t * x) for every t > 0, and as much below for t < 0.
 #[must_use]
 pub fn gilbert_elliott_interval(n: u64, p: f64, r: f64) -> (f64, f64) {
+    const TAIL: f64 = 0.5e-7;
+    // For the scale of t alone: steps of a chain of two states correlate by 1 - p - r.
     let share = p / (p + r);
     let correlation = 1.0 - p - r;
-    let n = float(usize::try_from(n).unwrap_or(usize::MAX));
-    let variance = n * share * (1.0 - share) * (1.0 + correlation) / (1.0 - correlation);
-    let width = 5.5 * variance.sqrt();
-    (n * share - width, n * share + width)
+    let packets = float(usize::try_from(n).unwrap_or(usize::MAX));
+    let deviation =
+        (packets * share * (1.0 - share) * (1.0 + correlation) / (1.0 - correlation)).sqrt();
+    let bounds = |sign: f64| {
+        (1..=40).map(move |step| {
+            let t = sign * f64::from(step) * 0.3 / deviation;
+            (ln_moment(n, p, r, t) - TAIL.ln()) / t
+        })
+    };
+    (
+        bounds(-1.0).fold(0.0, f64::max),
+        bounds(1.0).fold(packets, f64::min),
+    )
+}
+
+/// ln E(exp(t * losses)): the chain from its stationary distribution, each loss weighted with exp(t).
+fn ln_moment(n: u64, p: f64, r: f64, t: f64) -> f64 {
+    let weight = t.exp();
+    let (mut good, mut bad) = (r / (p + r), p / (p + r));
+    let mut sum = 0.0;
+    for _ in 0..n {
+        let lost = bad * weight;
+        (good, bad) = (
+            good.mul_add(1.0 - p, lost * r),
+            good.mul_add(p, lost * (1.0 - r)),
+        );
+        let both = good + bad;
+        sum += both.ln();
+        good /= both;
+        bad /= both;
+    }
+    sum
 }
 
 fn float(count: usize) -> f64 {
@@ -123,7 +152,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
     use statrs::distribution::{DiscreteCDF as _, Poisson};
 
-    use super::{LEAST, fit, interval, lengths};
+    use super::{LEAST, fit, gilbert_elliott_interval, interval, lengths};
 
     fn bernoulli(count: u64, p: f64, seed: u64) -> Vec<u64> {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
@@ -165,6 +194,27 @@ mod tests {
         let most = (LEAST + far) as u64;
         assert!(sparse.sf(most) < 1e-6);
         Ok(())
+    }
+
+    #[test]
+    fn an_interval_of_bursts_is_as_wide_as_it_must_be() {
+        // Independent losses are the model's with r = 1 - p.
+        let exact = interval(50_000, 0.05);
+        let (low, high) = gilbert_elliott_interval(50_000, 0.05, 0.95);
+        let exact = [exact.0, exact.1].map(|end| f64::from(u32::try_from(end).unwrap_or(u32::MAX)));
+        assert!(
+            low <= exact[0] && low > exact[0] - 30.0,
+            "from {low}, {exact:?}"
+        );
+        assert!(
+            high >= exact[1] && high < exact[1] + 30.0,
+            "to {high}, {exact:?}"
+        );
+        // Bursts of two on average: skew to the right.
+        let (low, high) = gilbert_elliott_interval(10_000, 0.01, 0.5);
+        let mean = 10_000.0 * 0.01 / 0.51;
+        assert!(high - mean > mean - low, "{low} to {high}");
+        assert!(high < 2.0 * mean && low > 0.4 * mean, "{low} to {high}");
     }
 
     #[test]

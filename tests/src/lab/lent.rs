@@ -80,6 +80,12 @@ impl Lent {
         Ok(())
     }
 
+    /// Heals one rule and drops what it holds, at the socket; what became of it so far.
+    pub fn heal_flush(&self, name: &str) -> Result<Value> {
+        self.connect()?
+            .call("heal", &json!({"names": [name], "flush": true}))
+    }
+
     /// Heals everything; fails if anything is left of it, was lost in lanes, or went wrong.
     fn return_as_new(&self) -> Result<()> {
         self.heal_all()?;

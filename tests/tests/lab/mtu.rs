@@ -20,7 +20,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 fn longer_packets_vanish() -> Result<()> {
-    let lab = Lab::pair()?;
+    let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
     let injector = Injector::started(&[])?;

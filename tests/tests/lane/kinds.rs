@@ -131,6 +131,11 @@ fn bridge_and_port() -> Result<()> {
     let lab = Lab::switched(2)?;
     let (a, b) = (lab.a(), lab.b());
     let switch = lab.switch()?;
+    for port in ["p1", "p2"] {
+        switch.sysfs(&format!("class/net/{port}/queues/rx-0/rps_cpus"), "1")?;
+    }
+    a.receive_on_one_cpu()?;
+    b.receive_on_one_cpu()?;
     switch.tool("tc qdisc add dev p1 clsact")?;
     let injector = Lent::new()?;
     for (direction, peer) in [("--dst", a.v4), ("--src", a.v4)] {

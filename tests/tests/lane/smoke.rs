@@ -54,13 +54,13 @@ fn the_machine_bears_a_first_filter_beside_packets() -> Result<()> {
     pings.wait(Duration::from_secs(10))?;
     let said = pings.log_tail();
     let (sent, lost) = sent_and_lost(&said).with_context(|| said.clone())?;
-    // The last one may be on its way.
-    ensure!(sent > 1_000 && lost <= 1, "{said}");
+    // Those that are on their way as it ends count as lost.
+    ensure!(sent > 1_000 && lost <= sent / 100, "{said}");
     Ok(())
 }
 
 fn packets_are_delayed_and_the_host_is_as_before() -> Result<()> {
-    const ASKED: f64 = 30.0;
+    const ASKED: f64 = 200.0;
     let lab = Lab::steady_pair()?;
     let (a, b) = (lab.a(), lab.b());
     a.make_clsact()?;
@@ -93,7 +93,7 @@ fn packets_are_delayed_and_the_host_is_as_before() -> Result<()> {
         ensure!(rule.both(|one| one.delayed_packets) == 50, "{rule:?}");
         stats.lanes_lost_nothing()?;
         injector.heal("slow")?;
-        wait_until("the host is as before", Duration::from_secs(5), || {
+        wait_until("the host is as before", Duration::from_secs(20), || {
             before.must_equal(&Snapshot::of(&a.ns)?).map(|()| true)
         })?;
     }
