@@ -115,7 +115,7 @@ pub enum Action {
     /// A fault changes from value to value.
     Ramp {
         /// For each value its text and its rules, which have the same names each time. Without rules where the value
-        /// is zero and the fault has nothing else; all of them on hosts whose part the step is not.
+        /// is zero and the fault has nothing else.
         values: Vec<(String, Vec<RuleSpec>)>,
         /// How long each value lasts.
         each: Duration,
@@ -153,13 +153,8 @@ pub enum Action {
         /// The steps.
         steps: Vec<Planned>,
     },
-    /// The part of other hosts.
-    Others {
-        /// What it is, in words.
-        words: String,
-        /// It is rules, which a step can heal before their time is over.
-        healable: bool,
-    },
+    /// The part of other hosts, which takes its time here too.
+    Others(Box<Self>),
 }
 
 /// The seed of one step: SipHash-2-4 of its path, keyed with the run's seed.
@@ -481,16 +476,7 @@ impl Planner<'_> {
             }
         }
         let action = self.action(at, step, path, scopes)?;
-        let faulty = matches!(
-            action,
-            Action::Rules { .. }
-                | Action::AskedPartition { .. }
-                | Action::Pause(_)
-                | Action::Kill { .. }
-                | Action::Group { .. }
-                | Action::Others { .. }
-        );
-        if step.lasts.is_some() && !faulty {
+        if step.lasts.is_some() && !action.can_last() {
             self.wrong(
                 at,
                 format!("'for' has no meaning for a {} step", kind(step)),
@@ -635,10 +621,7 @@ impl Planner<'_> {
         let selves = self.selves_of(step);
         let ours = |action: Action| {
             if selves.is_empty() {
-                Action::Others {
-                    words: others(&action.words()),
-                    healable: matches!(action, Action::Rules { .. }),
-                }
+                Action::Others(Box::new(action))
             } else {
                 action
             }
@@ -654,7 +637,7 @@ impl Planner<'_> {
             return self.partition(at, partition, path);
         }
         if let Some(ramp) = &step.ramp {
-            return self.ramp(at, ramp, path, &selves);
+            return self.ramp(at, ramp, path, &selves).map(ours);
         }
         if let Some(heal) = &step.heal {
             return Some(self.heal(at, heal, scopes));
@@ -948,13 +931,12 @@ impl Planner<'_> {
             &self.selves,
         );
         let words = format!("partition {}", cut.words);
-        Some(if rules.is_empty() {
-            Action::Others {
-                words: others(&words),
-                healable: true,
-            }
+        let is_others = rules.is_empty();
+        let action = Action::Rules { rules, words };
+        Some(if is_others {
+            Action::Others(Box::new(action))
         } else {
-            Action::Rules { rules, words }
+            action
         })
     }
 
@@ -1002,18 +984,13 @@ impl Planner<'_> {
             };
             values.push((text, rules));
         }
-        let words = format!(
-            "{} from {} to {} over {}",
-            ramp.field, ramp.from, ramp.to, ramp.over
-        );
         Some(Action::Ramp {
             values,
             each: ramp.over.0 / ramp.steps,
-            words: if selves.is_empty() {
-                others(&words)
-            } else {
-                words
-            },
+            words: format!(
+                "{} from {} to {} over {}",
+                ramp.field, ramp.from, ramp.to, ramp.over
+            ),
         })
     }
 
@@ -1053,11 +1030,7 @@ impl Planner<'_> {
         let mut heals = Vec::new();
         walk(steps, &mut |step| match &step.action {
             Action::Heal(paths) => heals.push((step.place, paths.clone())),
-            Action::Rules { .. }
-            | Action::AskedPartition { .. }
-            | Action::Ramp { .. }
-            | Action::Pause(_)
-            | Action::Others { .. } => {
+            action if action.can_be_healed() => {
                 faults.insert(step.path.clone());
             }
             _ => {}
@@ -1568,16 +1541,11 @@ fn timeline(
                     None => ends,
                 }
             }
-            Action::Wait(time) => later(begins, *time),
-            Action::Ramp { values, each, .. } => later(
-                begins,
-                *each * u32::try_from(values.len()).unwrap_or(u32::MAX),
-            ),
             Action::Run { .. } => Moment {
                 known: false,
                 ..begins
             },
-            _ => later(begins, step.lasts.unwrap_or_default()),
+            action => later(begins, action.takes(step.lasts)),
         };
         if let Some(entry) = entries.get_mut(index) {
             entry.ends = ends;
@@ -1612,13 +1580,50 @@ impl Planned {
 }
 
 impl Action {
+    /// Whether it can go on for a time that the step gives.
+    fn can_last(&self) -> bool {
+        match self {
+            Self::Rules { .. }
+            | Self::AskedPartition { .. }
+            | Self::Pause(_)
+            | Self::Kill { .. }
+            | Self::Group { .. } => true,
+            Self::Others(action) => action.can_last(),
+            _ => false,
+        }
+    }
+
+    /// Whether it is a fault that another step can heal.
+    fn can_be_healed(&self) -> bool {
+        match self {
+            Self::Rules { .. }
+            | Self::AskedPartition { .. }
+            | Self::Ramp { .. }
+            | Self::Pause(_) => true,
+            Self::Others(action) => action.can_be_healed(),
+            _ => false,
+        }
+    }
+
+    /// How long it takes, as far as the file says; `lasts` is the time that its step gives.
+    #[must_use]
+    pub fn takes(&self, lasts: Option<Duration>) -> Duration {
+        match self {
+            Self::Wait(time) => *time,
+            Self::Ramp { values, each, .. } => {
+                *each * u32::try_from(values.len()).unwrap_or(u32::MAX)
+            }
+            Self::Others(action) => action.takes(lasts),
+            _ => lasts.unwrap_or_default(),
+        }
+    }
+
     /// What it does, in words.
     #[must_use]
     pub fn words(&self) -> String {
         match self {
-            Self::Rules { words, .. } | Self::Ramp { words, .. } | Self::Others { words, .. } => {
-                words.clone()
-            }
+            Self::Rules { words, .. } | Self::Ramp { words, .. } => words.clone(),
+            Self::Others(action) => format!("not for this host: {}", action.words()),
             Self::AskedPartition { partition, .. } => {
                 format!(
                     "partition: {}, of a host that a command names",
@@ -1646,11 +1651,6 @@ impl Action {
             Self::Group { .. } => "one after the other:".to_owned(),
         }
     }
-}
-
-/// What is the part of other hosts, in words.
-fn others(words: &str) -> String {
-    format!("not for this host: {words}")
 }
 
 /// Processes in words.
@@ -1886,7 +1886,7 @@ steps:
             "steps:\n  - {on: b, rule: {peer: c, fault: {cut: true}}, for: 3s}\n  - {wait: 1s}\n",
             &["a"],
         );
-        assert!(matches!(plan.steps[0].action, Action::Others { .. }));
+        assert!(matches!(plan.steps[0].action, Action::Others(_)));
         assert!((at(&plan)[1].1 - 3.0).abs() < 1e-9);
     }
 
@@ -1947,23 +1947,22 @@ steps:
 ";
         let (here, there) = (good(steps, &["a"]), good(steps, &["b"]));
         assert_eq!(at(&here), at(&there));
-        let here: Vec<_> = here.steps.iter().map(|step| &step.action).collect();
-        let healable: Vec<bool> = here[1..4]
-            .iter()
-            .map(|action| match action {
-                Action::Others { words, healable } => {
-                    assert!(words.starts_with("not for this host"), "{words}");
-                    *healable
-                }
-                other => panic!("{other:?}"),
-            })
-            .collect();
-        assert_eq!(healable, [true, false, true]);
-        let Action::Ramp { values, words, .. } = here[0] else {
-            panic!("{:?}", here[0])
-        };
-        assert!(values.iter().all(|(_, rules)| rules.is_empty()));
-        assert!(words.starts_with("not for this host"), "{words}");
+        for (here, there) in here.steps[..4].iter().zip(&there.steps) {
+            assert!(matches!(here.action, Action::Others(_)), "{here:?}");
+            assert_eq!(
+                here.words(),
+                format!("not for this host: {}", there.words())
+            );
+        }
+        // And what is wrong there is wrong here.
+        for wrong in [
+            "steps:\n  - {on: b, run: 'true', for: 5s}\n",
+            "steps:\n  - {name: r, on: b, run: 'true'}\n  - {heal: r}\n",
+        ] {
+            for selves in ["a", "b"] {
+                assert!(planned(&format!("{HEAD}{wrong}"), &[selves], 1).is_err());
+            }
+        }
     }
 
     #[test]

@@ -249,8 +249,9 @@ steps:
   - {name: ramp, on: a, ramp: {rule: {peer: b}, field: delay, from: 0ms, to: 1s, over: 1h}}
   - {name: cut, at: 0s, on: a, rule: {peer: b, fault: {cut: true}}, for: 1h}
   - {name: split, at: 0s, partition: {shape: sides, sides: [[a], [c]]}, for: 1h}
+  - {name: asked, at: 0s, partition: {shape: isolate, hosts: [a, c], who: {command: echo a}}, for: 1h}
   - {name: whole, at: 0s, on: a, ramp: {rule: {peer: b}, field: delay, from: 0ms, to: 1s, over: 3s}}
-  - {name: heal, at: 1s, heal: [ramp, cut, split]}
+  - {name: heal, at: 1s, heal: [ramp, cut, split, asked]}
 ";
     let run = Run::play(&injector, text, &["--self", "b"])?;
     run.expect(0, "passed")?;
@@ -261,7 +262,7 @@ steps:
         .filter_map(|record| record["step"].as_str())
         .collect();
     ensure!(
-        ended.len() == 5 && ended.last() == Some(&"whole"),
+        ended.len() == 6 && ended.last() == Some(&"whole"),
         "{ended:?}"
     );
     Ok(())

@@ -399,14 +399,12 @@ fn a_tcx_program_in_front_of_us_is_reported() -> Result<()> {
 /// Ordered pairs of hosts that cannot reach each other.
 type Severed = BTreeSet<(usize, usize)>;
 
-/// Which they are, in a lab of three.
-/// Which ways are, where these should be.
+/// Which they are, in a lab of three. Those that should not be are looked at for long.
 fn severed(lab: &Lab, expected: &Severed) -> Result<Severed> {
     let mut severed = BTreeSet::new();
     for from in 0..3 {
         for to in (0..3).filter(|to| *to != from) {
             let (here, there) = (&lab.nodes[from], &lab.nodes[to]);
-            // What is to arrive is awaited, however slow the machine is just then.
             let within = if expected.contains(&(from, to)) {
                 Duration::from_millis(150)
             } else {

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use tokio::sync::watch;
+use tokio::sync::{OwnedMutexGuard, watch};
 
 use super::{World, recorder::Recorder};
 use crate::{
@@ -39,7 +39,7 @@ pub(super) enum FaultError {
         /// The hosts' addresses.
         peers: String,
     },
-    /// A task that asks the daemon ended without an answer.
+    /// A task of ours ended without an answer.
     #[error("asking the daemon: {0}")]
     Task(#[from] tokio::task::JoinError),
 }
@@ -54,9 +54,11 @@ fn with_hint(error: &ClientError) -> String {
     }
 }
 
-/// The faults of a run.
+/// The faults of a run. They begin, change and end one after the other, and whatever has begun to do so does it to the end,
+/// also where the step that asked for it is given up.
 pub(super) struct Faults {
     client: Arc<Mutex<Client>>,
+    turns: Arc<tokio::sync::Mutex<()>>,
     operator: Vec<OperatorConnection>,
     world: Arc<World>,
     active: Mutex<BTreeMap<String, Active>>,
@@ -79,13 +81,30 @@ impl Faults {
         client: Client,
         operator: Vec<OperatorConnection>,
         world: Arc<World>,
-    ) -> Self {
-        Self {
+    ) -> Arc<Self> {
+        Arc::new(Self {
             client: Arc::new(Mutex::new(client)),
+            turns: Arc::default(),
             operator,
             world,
             active: Mutex::new(BTreeMap::new()),
-        }
+        })
+    }
+
+    async fn turn(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.turns).lock_owned().await
+    }
+
+    /// Does something to the end, and only then lets others have their turn.
+    async fn to_the_end<T: Send + 'static>(
+        turn: OwnedMutexGuard<()>,
+        operation: impl Future<Output = Result<T, FaultError>> + Send + 'static,
+    ) -> Result<T, FaultError> {
+        tokio::spawn(async move {
+            let _turn = turn;
+            operation.await
+        })
+        .await?
     }
 
     fn recorder(&self) -> &Recorder {
@@ -130,92 +149,99 @@ impl Faults {
 
     /// Makes the rules of a step act, of which there may be none yet. The receiver turns true when they are healed.
     pub(super) async fn start(
-        &self,
+        self: &Arc<Self>,
         step: &str,
         words: &str,
         rules: Vec<RuleSpec>,
         expect_effect: bool,
     ) -> Result<watch::Receiver<bool>, FaultError> {
+        let turn = self.turn().await;
         let names = names(&rules);
-        let (healed, receiver) = watch::channel(false);
         // Before they are added: whoever gives this up half-way can still heal them.
-        self.locked().insert(
-            step.to_owned(),
-            Active {
-                elsewhere: false,
-                rules: names.clone(),
-                before: Vec::new(),
-                healed,
-            },
-        );
-        let (effect_ns, warnings) = if rules.is_empty() {
-            (DataPlane::monotonic_ns(), Vec::new())
-        } else {
-            match self.add_rules(rules, false).await {
-                Ok(added) => (added.effect_ns, added.warnings),
-                Err(error) => {
-                    self.locked().remove(step);
-                    return Err(error);
+        let receiver = self.activate(step, false, names.clone());
+        let (faults, step, words) = (Arc::clone(self), step.to_owned(), words.to_owned());
+        Self::to_the_end(turn, async move {
+            let (effect_ns, warnings) = if rules.is_empty() {
+                (DataPlane::monotonic_ns(), Vec::new())
+            } else {
+                match faults.add_rules(rules, false).await {
+                    Ok(added) => (added.effect_ns, added.warnings),
+                    Err(error) => {
+                        faults.locked().remove(&step);
+                        return Err(error);
+                    }
                 }
+            };
+            faults.recorder().write(Event::FaultStarted(FaultStarted {
+                step,
+                what: words,
+                rules: names.into_iter().collect(),
+                effect_ns,
+                expect_effect,
+            }));
+            for warning in warnings {
+                faults.recorder().write(Event::Note { text: warning });
             }
+            Ok(receiver)
+        })
+        .await
+    }
+
+    fn activate(
+        &self,
+        step: &str,
+        elsewhere: bool,
+        rules: BTreeSet<String>,
+    ) -> watch::Receiver<bool> {
+        let (healed, receiver) = watch::channel(false);
+        let active = Active {
+            elsewhere,
+            rules,
+            before: Vec::new(),
+            healed,
         };
-        self.recorder().write(Event::FaultStarted(FaultStarted {
-            step: step.to_owned(),
-            what: words.to_owned(),
-            rules: names.into_iter().collect(),
-            effect_ns,
-            expect_effect,
-        }));
-        for warning in warnings {
-            self.recorder().write(Event::Note { text: warning });
-        }
-        Ok(receiver)
+        self.locked().insert(step.to_owned(), active);
+        receiver
     }
 
     /// Takes down that a step's fault acts on other hosts. The receiver turns true when it is healed, which it is by the
     /// same steps there as here.
     pub(super) fn start_elsewhere(&self, step: &str) -> watch::Receiver<bool> {
-        let (healed, receiver) = watch::channel(false);
-        self.locked().insert(
-            step.to_owned(),
-            Active {
-                elsewhere: true,
-                rules: BTreeSet::new(),
-                before: Vec::new(),
-                healed,
-            },
-        );
-        receiver
+        self.activate(step, true, BTreeSet::new())
     }
 
-    /// Changes the rules of a step to others of the same names, at once; to none where there are none.
-    pub(super) async fn change(&self, step: &str, rules: Vec<RuleSpec>) -> Result<(), FaultError> {
-        let now = names(&rules);
-        let mut before = if rules.is_empty() {
-            let names = self.names_of(step);
-            self.heal_rules(step, names).await?
-        } else {
-            // A rule that says something else begins to count anew.
-            let before = self.stats_of(step).await?;
-            self.add_rules(rules, true).await?;
-            before
+    /// Changes the rules of a step to others of the same names, at once; to none where there are none. `false` if the
+    /// step has been healed: nothing changes then.
+    pub(super) async fn change(
+        self: &Arc<Self>,
+        step: &str,
+        rules: Vec<RuleSpec>,
+    ) -> Result<bool, FaultError> {
+        let turn = self.turn().await;
+        let Some(old) = self.locked().get(step).map(|active| active.rules.clone()) else {
+            return Ok(false);
         };
-        if let Some(active) = self.locked().get_mut(step) {
-            active.before.append(&mut before);
-            active.rules = now;
-        }
-        Ok(())
+        let (faults, step) = (Arc::clone(self), step.to_owned());
+        Self::to_the_end(turn, async move {
+            let new = names(&rules);
+            let mut before = if rules.is_empty() {
+                faults.heal_rules(&step, old).await?
+            } else {
+                // A rule that says something else begins to count anew.
+                let before = faults.stats_of(&old).await?;
+                faults.add_rules(rules, true).await?;
+                before
+            };
+            if let Some(active) = faults.locked().get_mut(&step) {
+                active.before.append(&mut before);
+                active.rules = new;
+            }
+            Ok(true)
+        })
+        .await
     }
 
-    fn names_of(&self, step: &str) -> BTreeSet<String> {
-        self.locked()
-            .get(step)
-            .map(|active| active.rules.clone())
-            .unwrap_or_default()
-    }
-
-    async fn stats_of(&self, step: &str) -> Result<Vec<RuleStats>, FaultError> {
-        let names = self.names_of(step);
+    async fn stats_of(&self, names: &BTreeSet<String>) -> Result<Vec<RuleStats>, FaultError> {
         let stats: StatsResult = self.call(Call::Stats(NoArgs {})).await?;
         Ok(stats
             .rules
@@ -225,7 +251,7 @@ impl Faults {
     }
 
     /// Heals the faults of a step, or of a group of steps. Nothing happens where none of them acts.
-    pub(super) async fn heal(&self, path: &str) -> Result<(), FaultError> {
+    pub(super) async fn heal(self: &Arc<Self>, path: &str) -> Result<(), FaultError> {
         let inside = format!("{path}/");
         let rounds = format!("{path}[");
         let steps: Vec<String> = self
@@ -241,7 +267,7 @@ impl Faults {
     }
 
     /// Heals all faults of the run.
-    pub(super) async fn heal_all(&self) -> Result<(), FaultError> {
+    pub(super) async fn heal_all(self: &Arc<Self>) -> Result<(), FaultError> {
         let steps: Vec<String> = self.locked().keys().cloned().collect();
         let mut first = Ok(());
         for step in steps {
@@ -253,32 +279,35 @@ impl Faults {
         first
     }
 
-    async fn heal_step(&self, step: &str) -> Result<(), FaultError> {
+    async fn heal_step(self: &Arc<Self>, step: &str) -> Result<(), FaultError> {
+        let turn = self.turn().await;
         let Some(active) = self.locked().remove(step) else {
             return Ok(());
         };
-        if active.elsewhere {
+        let (faults, step) = (Arc::clone(self), step.to_owned());
+        Self::to_the_end(turn, async move {
+            if !active.elsewhere {
+                let mut rules = active.before;
+                rules.extend(faults.heal_rules(&step, active.rules).await?);
+                let matched = rules
+                    .iter()
+                    .map(|rule| rule.egress.matched_packets + rule.ingress.matched_packets)
+                    .sum();
+                let realised = rules
+                    .iter()
+                    .flat_map(|rule| rule.realised.clone())
+                    .collect();
+                faults.recorder().write(Event::FaultEnded(FaultEnded {
+                    step,
+                    rules,
+                    matched_packets: matched,
+                    realised,
+                }));
+            }
             active.healed.send_replace(true);
-            return Ok(());
-        }
-        let mut rules = active.before;
-        rules.extend(self.heal_rules(step, active.rules).await?);
-        let matched = rules
-            .iter()
-            .map(|rule| rule.egress.matched_packets + rule.ingress.matched_packets)
-            .sum();
-        let realised = rules
-            .iter()
-            .flat_map(|rule| rule.realised.clone())
-            .collect();
-        self.recorder().write(Event::FaultEnded(FaultEnded {
-            step: step.to_owned(),
-            rules,
-            matched_packets: matched,
-            realised,
-        }));
-        active.healed.send_replace(true);
-        Ok(())
+            Ok(())
+        })
+        .await
     }
 
     /// Heals rules of a step, and tells what they did.

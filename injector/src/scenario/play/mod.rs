@@ -389,7 +389,7 @@ async fn with_services(
     job: &Job,
     world: &Arc<World>,
     services: &Arc<Services>,
-    faults: Faults,
+    faults: Arc<Faults>,
     stop: &Stop,
 ) -> Result<(), String> {
     let recorder = &world.recorder;

@@ -34,7 +34,7 @@ pub(super) struct Player {
     /// What they act on.
     pub(super) world: Arc<World>,
     /// The rules.
-    pub(super) faults: Faults,
+    pub(super) faults: Arc<Faults>,
     /// The services.
     pub(super) services: Arc<Services>,
     /// What checks answered last.
@@ -202,29 +202,14 @@ impl Player {
                 | Action::Ramp { .. }
                 | Action::Pause(_)
                 | Action::Group { .. }
+                | Action::Others(_)
         ) {
             begun();
         }
         match &step.action {
             Action::Rules { rules, words } => self.fault(step, words, rules.clone(), begun).await,
             Action::AskedPartition { partition, seed } => {
-                let (who, cut) = self.asked(partition, *seed).await?;
-                let rules = plan::partition_rules(
-                    &self.world.scenario,
-                    self.world.plan.seed,
-                    &step.path,
-                    &cut,
-                    self.world.hosts(),
-                    &self.world.plan.selves,
-                );
-                let words = format!("partition {}", cut.words);
-                if rules.is_empty() {
-                    begun();
-                    self.elsewhere(step, step.lasts).await?;
-                } else {
-                    self.fault(step, &words, rules, begun).await?;
-                }
-                Ok(Some(format!("{who}: {words}")))
+                self.asked_partition(step, partition, *seed, begun).await
             }
             Action::Ramp {
                 values,
@@ -282,12 +267,7 @@ impl Player {
                 self.resume_where(|paused| is_within(paused, &step.path))?;
                 Ok((!done).then(|| format!("ended after {}", duration::format(lasts))))
             }
-            Action::Others { healable: true, .. } => self.elsewhere(step, step.lasts).await,
-            Action::Others { .. } => {
-                // The other hosts' part takes its time here too.
-                self.pause_for(step.lasts.unwrap_or_default()).await;
-                Ok(None)
-            }
+            Action::Others(action) => self.others(step, action, begun).await,
         }
     }
 
@@ -311,9 +291,52 @@ impl Player {
         self.until_healed(step, &mut healed, lasts).await
     }
 
-    /// A fault of other hosts, which takes its time here too: until it is over, or another step heals it.
-    async fn elsewhere(&self, step: &Planned, lasts: Option<Duration>) -> Outcomes {
+    /// A partition around a host that a command names.
+    async fn asked_partition(
+        &self,
+        step: &Planned,
+        partition: &Partition,
+        seed: u64,
+        begun: &Begun,
+    ) -> Outcomes {
+        let (who, cut) = self.asked(partition, seed).await?;
+        let rules = plan::partition_rules(
+            &self.world.scenario,
+            self.world.plan.seed,
+            &step.path,
+            &cut,
+            self.world.hosts(),
+            &self.world.plan.selves,
+        );
+        let words = format!("partition {}", cut.words);
+        if rules.is_empty() {
+            self.elsewhere(step, step.lasts, begun).await?;
+        } else {
+            self.fault(step, &words, rules, begun).await?;
+        }
+        Ok(Some(format!("{who}: {words}")))
+    }
+
+    /// What other hosts do, which takes its time here too.
+    async fn others(&self, step: &Planned, action: &Action, begun: &Begun) -> Outcomes {
+        match action {
+            Action::Rules { .. } => self.elsewhere(step, step.lasts, begun).await,
+            Action::Ramp { .. } => {
+                let lasts = action.takes(step.lasts);
+                self.elsewhere(step, Some(lasts), begun).await
+            }
+            _ => {
+                begun();
+                self.pause_for(action.takes(step.lasts)).await;
+                Ok(None)
+            }
+        }
+    }
+
+    /// A fault of other hosts: until it is over, or another step heals it.
+    async fn elsewhere(&self, step: &Planned, lasts: Option<Duration>, begun: &Begun) -> Outcomes {
         let mut healed = self.faults.start_elsewhere(&step.path);
+        begun();
         match lasts {
             None => Ok(None),
             Some(lasts) => self.until_healed(step, &mut healed, lasts).await,
@@ -346,15 +369,10 @@ impl Player {
         words: &str,
         begun: &Begun,
     ) -> Outcomes {
-        if values.iter().all(|(_, rules)| rules.is_empty()) {
-            begun();
-            let lasts = each * u32::try_from(values.len()).unwrap_or(u32::MAX);
-            return self.elsewhere(step, Some(lasts)).await;
-        }
-        let mut healed = None;
-        for (text, rules) in values {
+        let mut acting = None;
+        for (number, (text, rules)) in (1..).zip(values) {
             let failed = |error: super::faults::FaultError| format!("at {text}: {error}");
-            match &healed {
+            let (healed, since) = match &mut acting {
                 None => {
                     let receiver = self
                         .faults
@@ -362,28 +380,27 @@ impl Player {
                         .await
                         .map_err(failed)?;
                     begun();
-                    healed = Some(receiver);
+                    acting.insert((receiver, Instant::now()))
                 }
-                Some(_) => self
-                    .faults
-                    .change(&step.path, rules.clone())
-                    .await
-                    .map_err(failed)?,
-            }
+                Some(acting) => {
+                    let changed = self.faults.change(&step.path, rules.clone()).await;
+                    if !changed.map_err(failed)? {
+                        return Ok(None);
+                    }
+                    acting
+                }
+            };
+            // In all it takes its time, but where changes are so slow that a value would have less than half of its own.
+            let until = (*since + each * number).max(Instant::now() + each / 2);
             self.world.recorder.write(Event::Note {
                 text: format!("step {}: {text}", step.path),
             });
             let mut stopping = self.stop.clone();
-            let ended = healed
-                .as_mut()
-                .map(|healed| healed.wait_for(|healed| *healed));
-            let Some(ended) = ended else { break };
             tokio::select! {
                 biased;
                 _ = stopping.wait_for(Option::is_some) => break,
-                _ = ended => return Ok(None),
-                // From when it is in force: where a change takes long (a first lane, a slow host) no value is skipped.
-                () = sleep(each) => {}
+                _ = healed.wait_for(|healed| *healed) => return Ok(None),
+                () = sleep_until(until) => {}
             }
         }
         self.faults
