@@ -19,8 +19,8 @@ use crate::{
         Distribution, EXEMPT_WORDS, FlowEntry, FlowKey, Flushed, FragmentKey, Held, Histograms,
         MAX_CANDIDATES, MAX_EXEMPTIONS, MAX_RULES, MAX_SLOTS, NO_PORT, PORT_CLASSES,
         PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey, Target,
-        TargetCounters, Upper, answer, family, fault, hook, identity, kind, needs, role, rule_flag,
-        state_site, upper_has,
+        TargetCounters, Upper, answer, family, fault, hook, identity, kind, needs, queue_hash,
+        role, rule_flag, state_site, underway, upper_has,
     },
     line::{Entry, Line},
     packet::{Fragment, MAX_VLAN_TAGS, Packet, Parsed, Unparsed, Window, parse},
@@ -118,6 +118,8 @@ pub trait Tables {
     fn remember(&self, key: &StateKey, now_ns: u64) -> Option<(*mut State, bool)>;
     /// What is held of a flow.
     fn held(&self, flow: &FlowKey) -> Option<*mut Held>;
+    /// How many packets are on their way through lanes that belong to this count ([`crate::layout::underway`]).
+    fn underway(&self, count: u32) -> u64;
     /// Where flushed packets of a rule are counted, while it is being flushed; by its name of
     /// [`crate::holders`].
     fn flushed(&self, name: u16) -> Option<*mut Flushed>;
@@ -604,17 +606,21 @@ fn decide_flow<T: Tables>(
 }
 
 /// For so long after its time a packet may still be in the lane: fq lets it go when its timer runs, which is late where
-/// CPUs are busy (3 ms were seen in an overloaded emulated machine, in which a healed flow's new packets overtook held
-/// ones). Through the lane a packet is later by a tenth of a millisecond, and nothing else.
+/// CPUs are busy (3 ms were seen in an overloaded emulated machine). Through the lane a packet is later by a tenth of a
+/// millisecond, and nothing else.
 const LATE_NS: u64 = 20_000_000;
 
-/// Whether earlier packets of the flow are still in the lane, and in order: then this one goes there too, lest
-/// it overtakes them. Those that are being flushed cannot be overtaken.
+/// Whether earlier packets of the flow are still on their way through the lane, and in order: then this one goes there
+/// too, lest it overtakes them. A packet that has arrived is under way until it has passed the hook for the second time:
+/// it comes back by the CPU's backlog, and a busy flow's next ones are at the hook before. Those that are being flushed
+/// cannot be overtaken. The time alone would keep a busy flow in the lane, the count one of which a packet was lost.
 #[inline(always)]
 fn is_held<T: Tables>(tables: &T, work: &mut Work) -> bool {
     match tables.held(&work.key) {
         Some(held) => {
+            let hash = queue_hash(&work.key, read_once!(held, turn));
             read_once!(held, until_ns).saturating_add(LATE_NS) > tables.now_ns()
+                && tables.underway(underway(hash)).cast_signed() > 0
                 && holders::flushing(tables, read_once!(held, holders)).is_none()
         }
         None => false,

@@ -560,6 +560,9 @@ mod tests {
         fn hold(&self, _: &FlowKey) -> Option<*mut Held> {
             None
         }
+        fn underway(&self, _: u32) -> u64 {
+            0
+        }
         fn flushed(&self, _: u16) -> Option<*mut Flushed> {
             None
         }

@@ -28,7 +28,7 @@ use injector_common::{
     holders,
     layout::{
         PRIORITY_CLASS, PRIORITY_CONTROL, PRIORITY_HELD, hook, lane_load, lane_mark, lane_vlan,
-        needs,
+        needs, queue_hash,
     },
     line::{Entry, LineOutcome, SENT, count_marked, line as decide_line},
     packet::{Parsed, parse},
@@ -47,8 +47,8 @@ const DELIVERY_MONO: u8 = 1;
 /// Multiplier that spreads a number over the upper bits of the product: 2^64 over the golden ratio.
 const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Multiplier that tells the turns of a flow apart: of `fmix64` (A. Appleby, `MurmurHash3`).
-const TURN: u64 = 0xff51_afd7_ed55_8ccd;
+/// What a packet that is not under way any more adds to the count.
+const NO_MORE: u64 = 1_u64.wrapping_neg();
 
 /// Where a hash keeps a packet's `tc_index`.
 const INDEX_MASK: u32 = 0xffff;
@@ -104,6 +104,7 @@ pub(crate) fn returned(ctx: &TcContext, direction: u32) -> Returned {
         {
             (*entry).back += wire_packets(ctx);
         }
+        tables::count_underway((*skb).hash, NO_MORE);
         (*skb).tc_index = if mark & lane_mark::INDEX != 0 {
             (*skb).hash & INDEX_MASK
         } else {
@@ -257,6 +258,7 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
         }
         if let Some(flushed) = holders::flushing(&tables::Kernel, held_by) {
             holders::count(&tables::Kernel, flushed, direction, wire_packets(ctx));
+            tables::count_underway((*skb).hash, NO_MORE);
             return TC_ACT_STOLEN;
         }
         // The line's queue says nothing of the target's: that goes by the flow (`skb_tx_hash`, net/core/dev.c).
@@ -356,10 +358,7 @@ fn emit(ctx: &TcContext, index: u32) -> i32 {
         if (*work).line.mark != 0 {
             mark(ctx, &mut *work);
         }
-        // The upper bits choose the queue (`reciprocal_scale` in `skb_tx_hash`, net/core/dev.c), so they depend
-        // on all of the flow.
-        let flow = (*work).key.tag() ^ (*work).line.turn.wrapping_mul(TURN);
-        let flow = (flow.wrapping_mul(MIX) >> 32) as u32;
+        let flow = queue_hash(&(*work).key, (*work).line.turn);
         // With an own `tc_index`, a flow has only half of the hash to itself. Packets that may be overtaken need
         // all of it: they would wait for each other.
         let (flow, index) = if index != 0 && in_order != 0 {
@@ -438,6 +437,7 @@ unsafe fn send(ctx: &TcContext, leaves_ns: u64, hash: u32, index: u32, held_by: 
             return TC_ACT_STOLEN;
         }
         bpf_set_hash(skb, hash);
+        tables::count_underway(hash, 1);
         // What a receive queue was recorded as would choose the queue instead of the hash (`skb_tx_hash`).
         (*skb).queue_mapping = 0;
         (*skb).tstamp = leaves_ns;

@@ -17,7 +17,7 @@ use injector_common::{
         Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey,
         Flushed, FragmentKey, Held, Histograms, LaneLoad, MAX_FLUSHES, MAX_RULES, MAX_SLOTS,
         PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey,
-        TRACE_ENTRIES, Target, TargetCounters, Upper,
+        TRACE_ENTRIES, Target, TargetCounters, UNDERWAY, Upper, underway,
     },
     line::{Deciding, Entry, SENT},
 };
@@ -123,6 +123,13 @@ static HELD: HashMap<FlowKey, Held> = HashMap::with_max_entries(65_536, BPF_F_NO
 /// `held` right where it finds a lane idle. Load time.
 #[map]
 static LANES: Array<LaneLoad> = Array::with_max_entries(256, BPF_F_MMAPABLE);
+
+/// How many packets are on their way through lanes and back past the hook that they came from, by
+/// [`injector_common::layout::underway`] of what they are queued by. One that is lost on the way is never taken out.
+/// Mapped: user space sets it to zero where there is no lane.
+#[map]
+static UNDER_WAY: Array<u64> = Array::with_max_entries(UNDERWAY, BPF_F_MMAPABLE);
+
 /// Rules whose held packets are being flushed, by their name of [`injector_common::holders`]. Entries are made and
 /// deleted by user space, counted in by the program.
 #[map]
@@ -210,6 +217,15 @@ pub(crate) fn copy() -> Option<*mut Sending> {
 #[inline(always)]
 pub(crate) fn lane(number: u32) -> Option<*mut LaneLoad> {
     LANES.get_ptr_mut(number)
+}
+
+/// Counts a packet that is queued by this hash as under way, or as not any more.
+#[inline(always)]
+pub(crate) fn count_underway(hash: u32, by: u64) {
+    if let Some(count) = UNDER_WAY.get_ptr_mut(underway(hash)) {
+        // SAFETY: map memory.
+        unsafe { Kernel.increment(count, by) };
+    }
 }
 
 /// Counts a packet that a lane lost.
@@ -391,6 +407,15 @@ impl Tables for Kernel {
     #[inline(always)]
     fn held(&self, flow: &FlowKey) -> Option<*mut Held> {
         HELD.get_ptr_mut(flow)
+    }
+
+    #[inline(always)]
+    fn underway(&self, count: u32) -> u64 {
+        match UNDER_WAY.get_ptr(count) {
+            // SAFETY: map memory, which others write.
+            Some(count) => unsafe { core::ptr::read_volatile(count) },
+            None => 0,
+        }
     }
 
     #[inline(always)]

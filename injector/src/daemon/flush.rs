@@ -1,7 +1,7 @@
 //! Flushes: what lanes hold by rules that were healed with `--flush` is dropped as it comes out of its queue, until
 //! nothing can be left.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 
 use super::{
     host::Host,
@@ -26,7 +26,14 @@ pub(super) struct Flush {
     /// What is held of it.
     pub(super) hold: Hold,
     /// Where its packets are held.
-    pub(super) lanes: BTreeSet<NetnsId>,
+    pub(super) lane: NetnsId,
+}
+
+impl Flush {
+    /// When it is over, by the kernel's monotonic clock: nothing of its rule is held any more.
+    fn over_ns(&self) -> u64 {
+        self.hold.over_ns().min(self.hold.until_ns)
+    }
 }
 
 impl<P: Plane, H: Host> State<P, H> {
@@ -44,7 +51,7 @@ impl<P: Plane, H: Host> State<P, H> {
                     rule: record.rule.name.clone(),
                     activation: record.activation,
                     hold: Hold::new(self.plane.now_ns(), self.holds_until(record)?),
-                    lanes: record.places.iter().map(|place| place.key.netns).collect(),
+                    lane: record.places.first()?.key.netns,
                 })
             })
             .collect();
@@ -109,7 +116,7 @@ impl<P: Plane, H: Host> State<P, H> {
         let now_ns = self.plane.now_ns();
         let (over, going_on) = std::mem::take(&mut self.flushes)
             .into_iter()
-            .partition(|flush| flush.hold.over_ns() <= now_ns);
+            .partition(|flush| flush.over_ns() <= now_ns);
         self.flushes = going_on;
         let over: Vec<Flush> = over;
         if over.is_empty() {
@@ -134,7 +141,7 @@ impl<P: Plane, H: Host> State<P, H> {
 
     /// When the next flush is over, by the kernel's monotonic clock.
     pub(super) fn next_flush_end_ns(&self) -> Option<u64> {
-        self.flushes.iter().map(|flush| flush.hold.over_ns()).min()
+        self.flushes.iter().map(Flush::over_ns).min()
     }
 
     /// Numbers for activations to come. Packets in lanes know rules by the lowest 16 bits, so those of a rule that is

@@ -153,6 +153,10 @@ impl Plane for KernelPlane {
         self.plane.clear_lane(lane);
     }
 
+    fn clear_underway(&mut self) {
+        self.plane.clear_underway();
+    }
+
     fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
         self.plane.bound_lane(lane, bounds);
     }

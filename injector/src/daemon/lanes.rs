@@ -31,45 +31,69 @@ pub(super) const MARGIN: Duration = Duration::from_millis(50);
 
 /// What lanes may hold by rules that have ended. Times are the kernel's monotonic clock.
 #[derive(Debug, Clone, Copy)]
-#[expect(
-    clippy::struct_field_names,
-    reason = "times end in their unit everywhere"
-)]
 pub(super) struct Hold {
     /// When the last of these rules was about to end.
     since_ns: u64,
     /// From then on nothing is held.
     pub(super) until_ns: u64,
-    /// Since when nothing has been seen to be held.
-    empty_ns: Option<u64>,
+    /// What the last look has found.
+    seen: Seen,
 }
+
+/// What a look at lanes finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    /// Nobody can say what is held, or nobody has looked yet.
+    Unsure,
+    /// Something is in them.
+    Busy,
+    /// Nothing is in them, and this many packets have ever left; since when that is so.
+    Quiet {
+        /// Packets.
+        sent: u64,
+        /// Since then.
+        since_ns: u64,
+    },
+}
+
+/// For so long a lane stays beyond what rules could hold, while flows that had to wait there go on without a gap: each
+/// leaves the lane when nothing of it is under way, and is overtaken by none of its own packets then.
+const LINGER: Duration = Duration::from_secs(2);
 
 impl Hold {
     pub(super) const fn new(since_ns: u64, until_ns: u64) -> Self {
         Self {
             since_ns,
             until_ns,
-            empty_ns: None,
+            seen: Seen::Unsure,
         }
     }
 
-    /// When it is over: [`MARGIN`] after the lanes are seen to be empty, for the last packet that has left the account
-    /// may still be on its way back, and not later than what was computed.
+    /// When it is over: when the lanes have been quiet for [`MARGIN`], for the last packet that has left the account may
+    /// still be on its way back; where that cannot be seen, when nothing can be held.
     pub(super) fn over_ns(&self) -> u64 {
-        self.empty_ns.map_or(self.until_ns, |empty_ns| {
-            self.until_ns.min(empty_ns.saturating_add(nanos(MARGIN)))
-        })
+        let latest_ns = self.until_ns.saturating_add(nanos(LINGER));
+        match self.seen {
+            Seen::Unsure => self.until_ns,
+            Seen::Busy => latest_ns,
+            Seen::Quiet { since_ns, .. } => since_ns.saturating_add(nanos(MARGIN)).min(latest_ns),
+        }
     }
 
-    /// Looks whether something is held. (Nothing is on its way in: from the hook into the account is one chain of calls,
-    /// and for such ones the commit has waited that ended the rules.)
-    fn look(&mut self, now_ns: u64, is_empty: impl FnOnce() -> bool) {
-        let ends_soon =
-            self.empty_ns.is_none() && now_ns.saturating_add(nanos(MARGIN)) >= self.until_ns;
-        if now_ns <= self.since_ns || ends_soon {
+    /// Looks what is held. (Nothing is on its way in: from the hook into the account is one chain of calls, and for such
+    /// ones the commit has waited that ended the rules.)
+    fn look(&mut self, now_ns: u64, look: impl FnOnce(u64) -> Seen) {
+        if now_ns <= self.since_ns {
             return;
         }
-        self.empty_ns = is_empty().then(|| self.empty_ns.unwrap_or(now_ns));
+        let seen = look(now_ns);
+        let goes_on = matches!(
+            (self.seen, seen),
+            (Seen::Quiet { sent: before, .. }, Seen::Quiet { sent, .. }) if before == sent
+        );
+        if !goes_on {
+            self.seen = seen;
+        }
     }
 }
 
@@ -93,28 +117,42 @@ pub(super) struct LaneRecord<L> {
     damage: Option<Damage>,
     /// Packets that its devices had dropped when its account was right last.
     dropped: u64,
-    /// Packets that went missing in it, and that no counter tells of.
-    missing: u64,
-    /// What was lost before it was made anew.
-    before: Losses,
+    /// What its counters do not tell of, or not any more.
+    lost: Losses,
 }
 
 impl<L> LaneRecord<L> {
-    /// Whether nothing is held in it, now or in what its flows remember: later packets of a flow leave after one that
-    /// was lost would have, and need a queue whose horizon reaches as far. A damaged lane's account need not be right.
-    fn is_empty(&self, held: &LaneUse, queue: impl FnOnce() -> Option<LaneQueue>) -> bool {
-        self.damage.is_none()
-            && (self.missing, self.before) == (0, Losses::default())
-            && (held.load, held.full_packets) == (0, 0)
-            && queue().is_some_and(|queue| (queue.qdisc.queued_packets, queue.dropped()) == (0, 0))
+    /// What is in it, now or in what its flows remember: later packets of a flow leave after one that was lost would have,
+    /// and need a queue whose horizon reaches as far. A damaged lane's account need not be right.
+    fn look(&self, now_ns: u64, held: &LaneUse, queue: impl FnOnce() -> Option<LaneQueue>) -> Seen {
+        if self.damage.is_some() || self.lost != Losses::default() || held.full_packets != 0 {
+            return Seen::Unsure;
+        }
+        if held.load != 0 || held.is_underway {
+            return Seen::Busy;
+        }
+        match queue() {
+            Some(queue) if queue.dropped() != 0 => Seen::Unsure,
+            Some(queue) if queue.qdisc.queued_packets != 0 => Seen::Busy,
+            Some(queue) => Seen::Quiet {
+                sent: queue.qdisc.sent_packets,
+                since_ns: now_ns,
+            },
+            None => Seen::Unsure,
+        }
     }
 }
 
-/// What counters of a lane tell of.
+/// Packets that a lane has lost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Losses {
+    /// Those that went missing, and that no counter tells of.
+    missing: u64,
+    /// Those that it refused while it was full, before it was made anew last.
     full: u64,
+    /// Those that its queue dropped until then.
     dropped: u64,
+    /// Those that its devices dropped until then.
     devices: u64,
 }
 
@@ -258,10 +296,13 @@ impl<P: Plane, H: Host> State<P, H> {
             )
             .with_hint("start the daemon with more room (`injector daemon --table-targets`)"));
         };
-        let (missing, before) = self.clear_away(id)?;
+        let lost = self.clear_away(id)?;
         // Its rules come to be in force, and counted, with the commit.
         let limits = limits(Duration::ZERO, self.settings.lanes.packets);
         self.plane.clear_lane(number);
+        if self.lanes.is_empty() {
+            self.plane.clear_underway();
+        }
         let (at_carrier, at_line) = self.plane.lane_programs();
         let (lane, devices) = self
             .host
@@ -276,18 +317,17 @@ impl<P: Plane, H: Host> State<P, H> {
             idle_load: None,
             damage: None,
             dropped: 0,
-            missing,
-            before,
+            lost,
         };
         self.lanes.insert(id, record);
         Ok(())
     }
 
     /// Removes what is left of a damaged lane, to make room for a new one; its record stands until there is one.
-    /// Returns what went missing and was lost in it.
-    fn clear_away(&mut self, id: NetnsId) -> Result<(u64, Losses), ErrorBody> {
+    /// Returns what was lost in it.
+    fn clear_away(&mut self, id: NetnsId) -> Result<Losses, ErrorBody> {
         let Some(record) = self.lanes.get_mut(&id) else {
-            return Ok((0, Losses::default()));
+            return Ok(Losses::default());
         };
         // There are none of a device that was deleted.
         let queue = self.host.lane_stats(&record.lane).unwrap_or_default();
@@ -295,25 +335,25 @@ impl<P: Plane, H: Host> State<P, H> {
         let held = self.plane.lane_use(record.number);
         self.plane.clear_lane(record.number);
         let told = queue.dropped().saturating_sub(record.dropped);
-        let lost = held.packets.saturating_sub(told);
+        let missing = held.packets.saturating_sub(told);
         record.dropped = 0;
-        record.missing += lost;
-        record.before.full += held.full_packets;
-        record.before.dropped += queue.qdisc.dropped_packets;
-        record.before.devices += queue.device_drops;
-        if lost > 0 {
+        record.lost.missing += missing;
+        record.lost.full += held.full_packets;
+        record.lost.dropped += queue.qdisc.dropped_packets;
+        record.lost.devices += queue.device_drops;
+        if missing > 0 {
             self.events.push(
                 EventKind::Problem,
                 None,
                 None,
                 format!(
-                    "the damaged lane of network namespace {} held {lost} packets when it was made anew; they are \
+                    "the damaged lane of network namespace {} held {missing} packets when it was made anew; they are \
                      lost",
                     record.netns
                 ),
             );
         }
-        Ok((record.missing, record.before))
+        Ok(record.lost)
     }
 
     /// Takes back lanes whose rules did not come to be in force. One in place of a damaged lane goes on in its stead,
@@ -499,7 +539,7 @@ impl<P: Plane, H: Host> State<P, H> {
                     let told = dropped.saturating_sub(record.dropped);
                     record.dropped = dropped;
                     let missing = held.packets.saturating_sub(told);
-                    record.missing += missing;
+                    record.lost.missing += missing;
                     if missing > 0 {
                         self.events.push(
                             EventKind::Problem,
@@ -543,10 +583,10 @@ impl<P: Plane, H: Host> State<P, H> {
                     capacity_packets: u64::from(record.wanted.packets),
                     memory_bytes: held.bytes,
                     memory_capacity: self.settings.lanes.bytes,
-                    full_packets: record.before.full + held.full_packets,
-                    dropped_packets: record.before.dropped + queue.qdisc.dropped_packets,
-                    device_drops: record.before.devices + queue.device_drops,
-                    missing_packets: record.missing,
+                    full_packets: record.lost.full + held.full_packets,
+                    dropped_packets: record.lost.dropped + queue.qdisc.dropped_packets,
+                    device_drops: record.lost.devices + queue.device_drops,
+                    missing_packets: record.lost.missing,
                     backlog_drops,
                     problem: record.damage.map(|damage| damage.to_string()),
                 })
@@ -592,27 +632,29 @@ impl<P: Plane, H: Host> State<P, H> {
         }
     }
 
-    /// Looks where something is held that could be for longer by rules that have ended.
+    /// Looks what is held by rules that have ended.
     pub(super) fn look_at_holds(&mut self) {
         let now_ns = self.plane.now_ns();
-        let mut found: BTreeMap<NetnsId, bool> = BTreeMap::new();
-        let mut is_empty = |netns: &NetnsId| {
+        let mut found: BTreeMap<NetnsId, Seen> = BTreeMap::new();
+        let mut look = |netns: &NetnsId, now_ns: u64| {
             *found.entry(*netns).or_insert_with(|| {
-                self.lanes.get(netns).is_none_or(|record| {
-                    let held = self.plane.lane_use(record.number);
-                    record.is_empty(&held, || self.host.lane_stats(&record.lane).ok())
-                })
+                let Some(record) = self.lanes.get(netns) else {
+                    return Seen::Quiet {
+                        sent: 0,
+                        since_ns: now_ns,
+                    };
+                };
+                let held = self.plane.lane_use(record.number);
+                record.look(now_ns, &held, || self.host.lane_stats(&record.lane).ok())
             })
         };
         for (key, target) in &mut self.targets {
             if let Some(hold) = &mut target.hold {
-                hold.look(now_ns, || is_empty(&key.netns));
+                hold.look(now_ns, |now_ns| look(&key.netns, now_ns));
             }
         }
         for flush in &mut self.flushes {
-            flush
-                .hold
-                .look(now_ns, || flush.lanes.iter().all(&mut is_empty));
+            flush.hold.look(now_ns, |now_ns| look(&flush.lane, now_ns));
         }
     }
 

@@ -72,6 +72,8 @@ pub trait Plane: Send + 'static {
     fn tables(&self) -> Result<Vec<TableUse>, ErrorBody>;
     /// Sets the account of a lane that is about to be made to zero.
     fn clear_lane(&mut self, lane: LaneNumber);
+    /// Forgets what was lost on its way through lanes, of which there is none.
+    fn clear_underway(&mut self);
     /// Says how much a lane may hold.
     fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds);
     /// What a lane holds.

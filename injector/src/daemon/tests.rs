@@ -83,8 +83,12 @@ struct World {
     second_load: u64,
     /// Packets that every lane refused since it was made.
     full_packets: u64,
+    /// Packets on their way back from lanes.
+    underway: u64,
     /// Packets in the queues of every lane.
     queued: u64,
+    /// Packets that the queues of every lane have sent.
+    sent: u64,
     /// Limits of the queues of the lane made or limited last.
     queue_limits: Option<FqLimits>,
 }
@@ -192,15 +196,20 @@ impl Plane for FakePlane {
         world.load = 0;
         world.full_packets = 0;
     }
+    fn clear_underway(&mut self) {
+        assert!(self.0.world().lanes.is_empty(), "packets are in lanes");
+    }
     fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
         self.0.world().bounds.insert(lane, bounds);
     }
     fn lane_use(&self, lane: LaneNumber) -> LaneUse {
-        let load = *self.0.world().load_of(lane);
+        let mut world = self.0.world();
+        let load = *world.load_of(lane);
         LaneUse {
             packets: lane_load::packets(load),
             bytes: lane_load::bytes(load),
-            full_packets: self.0.world().full_packets,
+            full_packets: world.full_packets,
+            is_underway: world.underway != 0,
             load,
         }
     }
@@ -383,6 +392,7 @@ impl Host for FakeHost {
         let mut queue = LaneQueue::default();
         queue.qdisc.dropped_packets = self.0.world().queue_drops;
         queue.qdisc.queued_packets = self.0.world().queued;
+        queue.qdisc.sent_packets = self.0.world().sent;
         Ok(queue)
     }
     fn remove_lane(&self, lane: &mut u64) -> Result<u64, ErrorBody> {
@@ -956,6 +966,7 @@ fn a_lane_that_is_empty_is_not_kept_for_the_longest_hold() {
     assert_eq!(bench.events(EventKind::Problem).len(), problems + 3);
     bench.world().refuse_commit = false;
     bench.pass(1);
+    bench.pass(1);
     assert!(bench.world().attached.is_empty());
 
     // The account of a damaged one need not be right.
@@ -1026,6 +1037,35 @@ fn a_lane_is_looked_at_until_it_goes() {
     bench.pass(1);
     bench.pass(1);
     assert!(bench.world().attached.is_empty());
+}
+
+#[test]
+fn a_lane_lingers_while_flows_that_waited_go_on() {
+    let tenths = |bench: &mut Bench, count: u32, sent: u64| {
+        for _ in 0..count {
+            bench.world().now_ns += SECOND / 10;
+            bench.world().sent += sent;
+            bench.state.tick();
+        }
+        bench.world().attached.len()
+    };
+    let mut bench = bench();
+    bench.add(&json!([delaying("one", "eth0", "1s")]));
+    bench.heal(&["one"]);
+    // Two seconds longer than anything is held, at most.
+    assert_eq!(tenths(&mut bench, 30, 100), 1);
+    assert_eq!(tenths(&mut bench, 1, 100), 0);
+    bench.add(&json!([delaying("two", "eth0", "1s")]));
+    bench.heal(&["two"]);
+    assert_eq!(tenths(&mut bench, 20, 100), 1);
+    assert_eq!(tenths(&mut bench, 1, 0), 0);
+    // Also while something is on its way back, though the lane itself is empty.
+    bench.add(&json!([delaying("three", "eth0", "1s")]));
+    bench.heal(&["three"]);
+    bench.world().underway = 1;
+    assert_eq!(tenths(&mut bench, 30, 0), 1);
+    bench.world().underway = 0;
+    assert_eq!(tenths(&mut bench, 1, 0), 0);
 }
 
 #[test]
@@ -1506,11 +1546,13 @@ fn what_cannot_be_let_go_is_tried_again() {
     bench.add(&json!([delaying("one", "eth0", "1s")]));
     bench.heal(&["one"]);
     bench.world().refuse_commit = true;
-    bench.pass(2);
+    bench.pass(1);
+    bench.pass(1);
     assert_eq!(bench.events(EventKind::Problem).len(), 1);
     assert_eq!(bench.world().attached.len(), 1);
     bench.world().refuse_commit = false;
     bench.pass(2);
+    bench.pass(1);
     assert!(bench.world().attached.is_empty() && bench.world().lanes.is_empty());
 }
 
@@ -1597,7 +1639,8 @@ fn a_lane_made_anew_in_vain_stays_damaged() {
     assert_eq!(bench.world().lanes.len(), 1);
     // One that was made where there was none goes again.
     bench.ask("heal", &json!({"names": ["one"]})).unwrap();
-    bench.pass(3);
+    bench.pass(1);
+    bench.pass(1);
     assert!(bench.world().lanes.is_empty());
     bench.world().refuse_commit = true;
     bench.ask("add", &two).unwrap_err();
@@ -1672,7 +1715,7 @@ fn lanes_are_limited_by_what_the_rules_hold() {
     // More is held than the lower limit lets in: fq would drop it.
     bench.world().load = 90_000 * lane_load::of(64);
     bench.ask("heal", &json!({"names": ["long"]})).unwrap();
-    bench.pass(3);
+    bench.pass(4);
     assert_eq!(bounds(&bench).packets, short.packets);
     assert_eq!(bench.world().queue_limits.unwrap().packets, long.packets);
     // What a device has lost is still in the account, and nothing in the queues.

@@ -25,7 +25,7 @@ use injector_common::{
         Bitmap, Class, Config, Connection, DISTRIBUTIONS, Distribution, FlowEntry, FlowKey,
         Flushed, Held, Histograms, LaneLoad, MAX_EXEMPTIONS, MAX_FLUSHES, MAX_RULES, MAX_SLOTS,
         PORT_CLASSES, PROTOCOL_CLASSES, Prefix, RuleCounters, RuleEntry, Shape, State, StateKey,
-        TRACE_ENTRIES, Target, TargetCounters, family, hook, lane_load, state_site,
+        TRACE_ENTRIES, Target, TargetCounters, UNDERWAY, family, hook, lane_load, state_site,
     },
 };
 use nix::time::{ClockId, clock_gettime};
@@ -238,6 +238,7 @@ pub struct DataPlane {
     /// The given distributions among `tables`.
     given: BTreeMap<u32, Arc<Distribution>>,
     lanes: Mapping<LaneLoad>,
+    under_way: Mapping<u64>,
     connections: BpfHashMap<MapData, FlowKey, Connection>,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     target_counters: PerCpuArray<MapData, TargetCounters>,
@@ -428,6 +429,7 @@ impl DataPlane {
             states: typed(take("STATES")?, "STATES")?,
             held: typed(take("HELD")?, "HELD")?,
             lanes: mapped(take("LANES")?, "LANES", u32::from(sizes.targets))?,
+            under_way: mapped(take("UNDER_WAY")?, "UNDER_WAY", UNDERWAY)?,
             lane_lost: typed(take("LANE_LOST")?, "LANE_LOST")?,
             flushes: typed(take("FLUSHES")?, "FLUSHES")?,
             flushing: 0,
@@ -481,6 +483,13 @@ impl DataPlane {
         self.lanes.write(usize::from(lane.0), LaneLoad::default());
     }
 
+    /// Forgets what was lost on its way through lanes, of which there is none.
+    pub fn clear_underway(&mut self) {
+        for count in 0..UNDERWAY as usize {
+            self.under_way.write(count, 0);
+        }
+    }
+
     /// Says how much a lane may hold. What it holds beyond leaves at its time.
     pub fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
         let entry = self.lanes.pointer(usize::from(lane.0));
@@ -513,6 +522,7 @@ impl DataPlane {
             packets: lane_load::packets(load),
             bytes: lane_load::bytes(load),
             full_packets,
+            is_underway: (0..UNDERWAY as usize).any(|count| self.under_way.read(count) != 0),
             load,
         }
     }

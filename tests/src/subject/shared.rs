@@ -213,6 +213,11 @@ impl Tables for Memory {
         None
     }
 
+    /// Nothing comes back here.
+    fn underway(&self, _: u32) -> u64 {
+        1
+    }
+
     fn hold(&self, flow: &FlowKey) -> Option<*mut Held> {
         if pointer(&self.held, flow).is_none() {
             put(&self.held, flow, Held::default());

@@ -54,8 +54,8 @@ fn the_machine_bears_a_first_filter_beside_packets() -> Result<()> {
     pings.wait(Duration::from_secs(10))?;
     let said = pings.log_tail();
     let (sent, lost) = sent_and_lost(&said).with_context(|| said.clone())?;
-    // Those that are on their way as it ends count as lost.
-    ensure!(sent > 1_000 && lost <= sent / 100, "{said}");
+    // Those that are on their way as it ends count as lost: one, and a hundred a second while the machine stands still.
+    ensure!(sent > 1_000 && lost <= 100, "{said}");
     Ok(())
 }
 
