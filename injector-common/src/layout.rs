@@ -282,6 +282,8 @@ pub mod lane_mark {
     /// Set by the carrier when the packet comes out of the segmenter, and taken off at the line: it is one wire
     /// packet, and its checksums are complete. (Its index has no bit to stand for before the line.)
     pub const COMPLETE: u16 = INDEX;
+    /// It is an answer, which has been in no lane: the carrier takes [`CONTROL`] off what has.
+    pub const ANSWER: u16 = CONTROL;
     const DIRECTION: u16 = 1 << 12;
     const SLOT: u16 = DIRECTION - 1;
 

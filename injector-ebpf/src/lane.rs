@@ -104,7 +104,9 @@ pub(crate) fn returned(ctx: &TcContext, direction: u32) -> Returned {
         {
             (*entry).back += wire_packets(ctx);
         }
-        tables::count_underway((*skb).hash, NO_MORE);
+        if mark & lane_mark::ANSWER == 0 {
+            tables::count_underway((*skb).hash, NO_MORE);
+        }
         (*skb).tc_index = if mark & lane_mark::INDEX != 0 {
             (*skb).hash & INDEX_MASK
         } else {
@@ -265,6 +267,7 @@ pub(crate) fn carry(ctx: &TcContext) -> i32 {
         (*skb).queue_mapping = 0;
         if mark & lane_mark::CONTROL != 0 {
             (*skb).priority = (*skb).priority & !PRIORITY_CLASS | PRIORITY_CONTROL;
+            (*skb).tc_index = u32::from(mark & !lane_mark::CONTROL);
         }
         // A redirect to egress takes the departure time off, one to ingress does not (`____dev_forward_skb`,
         // include/linux/netdevice.h, 6.1): a socket would take it for the time of arrival.

@@ -121,7 +121,7 @@ pub(crate) fn reject(ctx: &TcContext) -> i32 {
     // The original's mark and departure time are none of its answer's: a redirect to ingress would keep them.
     // SAFETY: a TC program may write these fields.
     unsafe {
-        (*skb).tc_index = u32::from(lane_mark::of(slot, back));
+        (*skb).tc_index = u32::from(lane_mark::of(slot, back) | lane_mark::ANSWER);
         (*skb).mark = 0;
         (*skb).tstamp = 0;
         bpf_redirect(ifindex, flags) as i32
