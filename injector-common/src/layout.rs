@@ -441,13 +441,14 @@ pub struct Held {
     pub turn: u64,
 }
 
+/// Multiplier that spreads a number over the upper bits of the product: 2^64 over the golden ratio.
+pub const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// By what the packets of a flow that are kept in order are queued in a lane, in this turn ([`Held::turn`]): skb hashes, whose
 /// upper bits choose the queue (`reciprocal_scale` in `skb_tx_hash`, net/core/dev.c) and depend on all of the flow.
 #[inline(always)]
 #[must_use]
 pub fn queue_hash(flow: &FlowKey, turn: u64) -> u32 {
-    /// Spreads a number over the upper bits of the product: 2^64 over the golden ratio.
-    const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
     /// Tells the turns of a flow apart: of `fmix64` (A. Appleby, `MurmurHash3`).
     const TURN: u64 = 0xff51_afd7_ed55_8ccd;
     ((flow.tag() ^ turn.wrapping_mul(TURN)).wrapping_mul(MIX) >> 32) as u32

@@ -27,8 +27,8 @@ use injector_common::{
     decide::{Tables as _, Work},
     holders,
     layout::{
-        PRIORITY_CLASS, PRIORITY_CONTROL, PRIORITY_HELD, hook, lane_load, lane_mark, lane_vlan,
-        needs, queue_hash,
+        MIX, PRIORITY_CLASS, PRIORITY_CONTROL, PRIORITY_HELD, hook, lane_load, lane_mark,
+        lane_vlan, needs, queue_hash,
     },
     line::{Entry, LineOutcome, SENT, count_marked, line as decide_line},
     packet::{Parsed, parse},
@@ -43,9 +43,6 @@ use crate::{
 /// The skb's `tstamp` is the departure time that its sender asks for, by the monotonic clock
 /// (`BPF_SKB_TSTAMP_DELIVERY_MONO`, include/uapi/linux/bpf.h).
 const DELIVERY_MONO: u8 = 1;
-
-/// Multiplier that spreads a number over the upper bits of the product: 2^64 over the golden ratio.
-const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// What a packet that is not under way any more adds to the count.
 const NO_MORE: u64 = 1_u64.wrapping_neg();

@@ -82,11 +82,11 @@ impl Hold {
 
     /// Looks what is held. (Nothing is on its way in: from the hook into the account is one chain of calls, and for such
     /// ones the commit has waited that ended the rules.)
-    fn look(&mut self, now_ns: u64, look: impl FnOnce(u64) -> Seen) {
+    fn look(&mut self, now_ns: u64, look: impl FnOnce() -> Seen) {
         if now_ns <= self.since_ns {
             return;
         }
-        let seen = look(now_ns);
+        let seen = look();
         let goes_on = matches!(
             (self.seen, seen),
             (Seen::Quiet { sent: before, .. }, Seen::Quiet { sent, .. }) if before == sent
@@ -636,7 +636,7 @@ impl<P: Plane, H: Host> State<P, H> {
     pub(super) fn look_at_holds(&mut self) {
         let now_ns = self.plane.now_ns();
         let mut found: BTreeMap<NetnsId, Seen> = BTreeMap::new();
-        let mut look = |netns: &NetnsId, now_ns: u64| {
+        let mut look = |netns: &NetnsId| {
             *found.entry(*netns).or_insert_with(|| {
                 let Some(record) = self.lanes.get(netns) else {
                     return Seen::Quiet {
@@ -650,11 +650,11 @@ impl<P: Plane, H: Host> State<P, H> {
         };
         for (key, target) in &mut self.targets {
             if let Some(hold) = &mut target.hold {
-                hold.look(now_ns, |now_ns| look(&key.netns, now_ns));
+                hold.look(now_ns, || look(&key.netns));
             }
         }
         for flush in &mut self.flushes {
-            flush.hold.look(now_ns, |now_ns| look(&flush.lane, now_ns));
+            flush.hold.look(now_ns, || look(&flush.lane));
         }
     }
 
