@@ -605,10 +605,10 @@ fn decide_flow<T: Tables>(
     })
 }
 
-/// For so long after its time a packet may still be in the lane: fq lets it go when its timer runs, which is late where
-/// CPUs are busy (3 ms were seen in an overloaded emulated machine). Through the lane a packet is later by a tenth of a
-/// millisecond, and nothing else.
-const LATE_NS: u64 = 20_000_000;
+/// For so long after its time a packet may still be in the lane: fq lets it go when its timer runs, and the CPU takes it
+/// up when it comes to it. Where a virtual machine stands still for a moment both are late by as much, and the next
+/// packet may be at the hook first. Through the lane a packet is later by a tenth of a millisecond, and nothing else.
+const LATE_NS: u64 = 1_000_000_000;
 
 /// Whether earlier packets of the flow are still on their way through the lane, and in order: then this one goes there
 /// too, lest it overtakes them. A packet that has arrived is under way until it has passed the hook for the second time:

@@ -104,6 +104,14 @@ impl Netns {
         Ok(command)
     }
 
+    /// Makes what arrives at an interface with one queue go through the backlog of one CPU, in the order in which it was
+    /// handed over. A veth otherwise takes the backlog of whatever CPU hands over (`veth_forward_skb`,
+    /// drivers/net/veth.c; `netif_rx_internal` and `get_rps_cpu`, net/core/dev.c, 6.1), and two CPUs do not go through
+    /// theirs in step.
+    pub fn receive_on_one_cpu(&self, interface: &str) -> Result<()> {
+        self.sysfs(&format!("class/net/{interface}/queues/rx-0/rps_cpus"), "1")
+    }
+
     /// Writes a file of the namespace's own sysfs, named as below /sys (`class/net/eth0/mtu`).
     pub fn sysfs(&self, name: &str, value: &str) -> Result<()> {
         let path = Path::new("/sys").join(name);

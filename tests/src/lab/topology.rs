@@ -12,7 +12,9 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{PREFIX, command, netns::Netns, transcript::note, wait::wait_until};
+use super::{
+    PREFIX, command, counters::Transmitted, netns::Netns, transcript::note, wait::wait_until,
+};
 
 /// One host of a lab. Its interface is `eth0`.
 #[derive(Debug, Clone)]
@@ -35,11 +37,9 @@ impl Node {
         self.ns.tool("tc qdisc add dev eth0 clsact").map(drop)
     }
 
-    /// Makes what arrives at `eth0` go through the backlog of one CPU, in the order in which it was handed over. A
-    /// veth otherwise takes the backlog of whatever CPU hands over (`veth_forward_skb`, drivers/net/veth.c;
-    /// `netif_rx_internal` and `get_rps_cpu`, net/core/dev.c, 6.1), and two CPUs do not go through theirs in step.
-    pub fn receive_on_one_cpu(&self) -> Result<()> {
-        self.ns.sysfs("class/net/eth0/queues/rx-0/rps_cpus", "1")
+    /// Packets that `eth0` could not hand over: the machine's backlog, which others fill too, had no room for them.
+    pub fn dropped(&self) -> Result<u64> {
+        Ok(Transmitted::by(&self.ns, "eth0")?.dropped)
     }
 
     /// A socket address of the node.
@@ -92,7 +92,7 @@ impl Lab {
     }
 
     /// A pair of which what arrives is taken in the order in which it was handed over
-    /// ([`Node::receive_on_one_cpu`]).
+    /// ([`Netns::receive_on_one_cpu`]).
     pub fn steady_pair() -> Result<Self> {
         Self::steady_pair_with_mtu(1500)
     }
@@ -101,7 +101,7 @@ impl Lab {
     pub fn steady_pair_with_mtu(mtu: u32) -> Result<Self> {
         let lab = Self::pair_with_mtu(mtu)?;
         for node in &lab.nodes {
-            node.receive_on_one_cpu()?;
+            node.ns.receive_on_one_cpu("eth0")?;
         }
         Ok(lab)
     }

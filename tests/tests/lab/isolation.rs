@@ -13,7 +13,7 @@ use libtest_mimic::Trial;
 use serde_json::{Value, json};
 use tests::lab::{
     command,
-    counters::{Nstat, Transmitted, backlog_drops},
+    counters::{Nstat, backlog_drops},
     frame::{ETH_EXPERIMENT, Layer4, Packet, raw},
     injector::{Injector, Mode, TargetCounters},
     packet_socket::{Receiver, Sender, numbers, on_one_cpu},
@@ -85,7 +85,7 @@ fn neighbours_notice_nothing() -> Result<()> {
         })
         .collect();
     injector.apply(&rules, Mode::Replace)?;
-    let drops = || Ok::<_, anyhow::Error>([dropped(a)?, dropped(b)?]);
+    let drops = || Ok::<_, anyhow::Error>([a.dropped()?, b.dropped()?]);
     let before = (Nstat::read(&a.ns)?, Nstat::read(&b.ns)?, drops()?);
     let busy = AtomicBool::new(true);
     let (bulk, lost, cut) = thread::scope(|scope| {
@@ -169,11 +169,6 @@ fn neighbours_notice_nothing() -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// What a node's `eth0` could not hand over: the machine's backlog, which others fill too, had no room for it.
-fn dropped(node: &Node) -> Result<u64> {
-    Ok(Transmitted::by(&node.ns, "eth0")?.dropped)
 }
 
 /// When a datagram was decided, and how.
@@ -274,7 +269,7 @@ fn sample_while(lab: &Lab, change: impl FnOnce() -> Result<()>) -> Result<Vec<(b
     const SHARE: u32 = 1 << 28;
     let receiver = Receiver::open(&lab.b().ns)?;
     let stop = AtomicBool::new(false);
-    let before = dropped(lab.a())?;
+    let before = lab.a().dropped()?;
     let (sent, arrived) = thread::scope(|scope| -> Result<_> {
         let (stop, receiver) = (&stop, &receiver);
         let threads: Vec<_> = (0..THREADS)
@@ -326,7 +321,7 @@ fn sample_while(lab: &Lab, change: impl FnOnce() -> Result<()>) -> Result<Vec<(b
         }
         Ok((sent, arrived))
     })?;
-    let dropped = dropped(lab.a())? - before;
+    let dropped = lab.a().dropped()? - before;
     ensure!(
         dropped == 0,
         "this machine's backlog lost {dropped} packets: the sample is void"

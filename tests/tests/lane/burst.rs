@@ -5,7 +5,7 @@ use std::{thread, time::Duration};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use tests::lab::{
-    counters::{Nstat, Transmitted, backlog_drops},
+    counters::{Nstat, backlog_drops},
     injector::Injector,
     lent::Lent,
     load::{Load, Transfer},
@@ -128,7 +128,7 @@ fn eight_streams_lose_nothing() -> Result<()> {
         ))?;
     }
     eight_streams(a, b, false)?;
-    b.receive_on_one_cpu()?;
+    b.ns.receive_on_one_cpu("eth0")?;
     eight_streams(a, b, true)?;
     let stats = injector.stats()?;
     for name in ["plain", "exact"] {
@@ -237,7 +237,7 @@ fn a_flood_is_accounted_for() -> Result<()> {
             b.v4
         ))?;
         let path = Timed::v4(a, 6000, b, 7000)?;
-        let before = (Nstat::read(&b.ns)?, dropped(&a.ns)?, backlog_drops()?);
+        let before = (Nstat::read(&b.ns)?, a.dropped()?, backlog_drops()?);
         let lane = lane_drops(&injector)?;
         let sent = u64::from(path.flood(FLOOD, 64)?);
         let arrived = wait_for(
@@ -247,7 +247,7 @@ fn a_flood_is_accounted_for() -> Result<()> {
                 let after = Nstat::read(&b.ns)?;
                 let arrived = after.since(&before.0, "UdpInDatagrams")?;
                 let overflown = after.since(&before.0, "UdpRcvbufErrors")?;
-                let device = dropped(&a.ns)? - before.1;
+                let device = a.dropped()? - before.1;
                 let lane = lane_drops(&injector)? - lane;
                 let counted = arrived + overflown + device + lane;
                 ensure!(
@@ -289,11 +289,6 @@ fn lane_drops(injector: &Injector) -> Result<u64> {
         .iter()
         .map(|lane| lane.full_packets + lane.dropped_packets + lane.device_drops)
         .sum())
-}
-
-/// What `eth0` of a namespace could not hand over.
-fn dropped(ns: &Netns) -> Result<u64> {
-    Ok(Transmitted::by(ns, "eth0")?.dropped)
 }
 
 /// Rules that lose nothing come and go while datagrams and TCP go on, and with them the lane.

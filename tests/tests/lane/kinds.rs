@@ -132,10 +132,10 @@ fn bridge_and_port() -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     let switch = lab.switch()?;
     for port in ["p1", "p2"] {
-        switch.sysfs(&format!("class/net/{port}/queues/rx-0/rps_cpus"), "1")?;
+        switch.receive_on_one_cpu(port)?;
     }
-    a.receive_on_one_cpu()?;
-    b.receive_on_one_cpu()?;
+    a.ns.receive_on_one_cpu("eth0")?;
+    b.ns.receive_on_one_cpu("eth0")?;
     switch.tool("tc qdisc add dev p1 clsact")?;
     let injector = Lent::new()?;
     for (direction, peer) in [("--dst", a.v4), ("--src", a.v4)] {
