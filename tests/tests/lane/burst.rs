@@ -10,7 +10,6 @@ use tests::lab::{
     lent::Lent,
     load::{Load, Transfer},
     netem::Netem,
-    netns::Netns,
     on_wire::Capture,
     packet_socket::on_one_cpu,
     stream::{Stream, now_ns},
