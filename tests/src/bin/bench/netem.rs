@@ -162,20 +162,21 @@ impl Bench {
     }
 }
 
+/// Answers one question.
+type Part = fn(&Bench) -> Result<Section>;
+
 /// Measures everything, or what has this text in its title.
 pub(crate) fn measure(only: Option<&str>) -> Result<Report> {
-    let mut sections = Vec::new();
-    for (what, section) in [
-        (
-            "error of delays (two minutes)",
-            delay_error as fn(&Bench) -> Result<Section>,
-        ),
+    let parts: [(&str, Part); 6] = [
+        ("error of delays (two minutes)", delay_error),
         ("TCP through a delay (five minutes)", throughput),
         ("packets per second through a delay", packets),
         ("realised loss", loss),
         ("what others feel (a minute)", others),
         ("delays of their own for many peers (five minutes)", peers),
-    ] {
+    ];
+    let mut sections = Vec::new();
+    for (what, section) in parts {
         if only.is_some_and(|only| !what.contains(only)) {
             continue;
         }
@@ -188,8 +189,9 @@ pub(crate) fn measure(only: Option<&str>) -> Result<Report> {
     }
     ensure!(
         !sections.is_empty(),
-        "nothing that is measured has '{}' in its title",
-        only.unwrap_or_default()
+        "nothing that is measured has '{}' in its title; the titles are: {}",
+        only.unwrap_or_default(),
+        parts.map(|(what, _)| what).join(", ")
     );
     Ok(Report { sections })
 }
