@@ -444,8 +444,8 @@ pub struct Held {
 /// Multiplier that spreads a number over the upper bits of the product: 2^64 over the golden ratio.
 pub const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// By what the packets of a flow that are kept in order are queued in a lane, in this turn ([`Held::turn`]): skb hashes, whose
-/// upper bits choose the queue (`reciprocal_scale` in `skb_tx_hash`, net/core/dev.c) and depend on all of the flow.
+/// By what the packets of a flow that are kept in order are queued in a lane, in this turn ([`Held::turn`]): skb hashes,
+/// whose upper bits choose the queue (`reciprocal_scale` in `skb_tx_hash`, net/core/dev.c) and depend on all of the flow.
 #[inline(always)]
 #[must_use]
 pub fn queue_hash(flow: &FlowKey, turn: u64) -> u32 {

@@ -157,6 +157,10 @@ impl Plane for KernelPlane {
         self.plane.clear_underway();
     }
 
+    fn is_underway(&self) -> bool {
+        self.plane.is_underway()
+    }
+
     fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
         self.plane.bound_lane(lane, bounds);
     }

@@ -124,11 +124,17 @@ pub(super) struct LaneRecord<L> {
 impl<L> LaneRecord<L> {
     /// What is in it, now or in what its flows remember: later packets of a flow leave after one that was lost would have,
     /// and need a queue whose horizon reaches as far. A damaged lane's account need not be right.
-    fn look(&self, now_ns: u64, held: &LaneUse, queue: impl FnOnce() -> Option<LaneQueue>) -> Seen {
+    fn look(
+        &self,
+        now_ns: u64,
+        held: &LaneUse,
+        is_underway: impl FnOnce() -> bool,
+        queue: impl FnOnce() -> Option<LaneQueue>,
+    ) -> Seen {
         if self.damage.is_some() || self.lost != Losses::default() || held.full_packets != 0 {
             return Seen::Unsure;
         }
-        if held.load != 0 || held.is_underway {
+        if held.load != 0 || is_underway() {
             return Seen::Busy;
         }
         match queue() {
@@ -645,7 +651,12 @@ impl<P: Plane, H: Host> State<P, H> {
                     };
                 };
                 let held = self.plane.lane_use(record.number);
-                record.look(now_ns, &held, || self.host.lane_stats(&record.lane).ok())
+                record.look(
+                    now_ns,
+                    &held,
+                    || self.plane.is_underway(),
+                    || self.host.lane_stats(&record.lane).ok(),
+                )
             })
         };
         for (key, target) in &mut self.targets {

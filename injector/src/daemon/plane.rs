@@ -74,6 +74,8 @@ pub trait Plane: Send + 'static {
     fn clear_lane(&mut self, lane: LaneNumber);
     /// Forgets what was lost on its way through lanes, of which there is none.
     fn clear_underway(&mut self);
+    /// Whether packets are on their way through any lane, or back to the hook that they came from.
+    fn is_underway(&self) -> bool;
     /// Says how much a lane may hold.
     fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds);
     /// What a lane holds.

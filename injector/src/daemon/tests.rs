@@ -199,6 +199,9 @@ impl Plane for FakePlane {
     fn clear_underway(&mut self) {
         assert!(self.0.world().lanes.is_empty(), "packets are in lanes");
     }
+    fn is_underway(&self) -> bool {
+        self.0.world().underway != 0
+    }
     fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
         self.0.world().bounds.insert(lane, bounds);
     }
@@ -209,7 +212,6 @@ impl Plane for FakePlane {
             packets: lane_load::packets(load),
             bytes: lane_load::bytes(load),
             full_packets: world.full_packets,
-            is_underway: world.underway != 0,
             load,
         }
     }

@@ -490,6 +490,12 @@ impl DataPlane {
         }
     }
 
+    /// Whether packets are on their way through any lane, or back to the hook that they came from.
+    #[must_use]
+    pub fn is_underway(&self) -> bool {
+        (0..UNDERWAY as usize).any(|count| self.under_way.read(count) != 0)
+    }
+
     /// Says how much a lane may hold. What it holds beyond leaves at its time.
     pub fn bound_lane(&mut self, lane: LaneNumber, bounds: LaneBounds) {
         let entry = self.lanes.pointer(usize::from(lane.0));
@@ -522,7 +528,6 @@ impl DataPlane {
             packets: lane_load::packets(load),
             bytes: lane_load::bytes(load),
             full_packets,
-            is_underway: (0..UNDERWAY as usize).any(|count| self.under_way.read(count) != 0),
             load,
         }
     }

@@ -31,8 +31,6 @@ pub struct LaneUse {
     pub bytes: u64,
     /// Wire packets that were lost because it was full, since it was made.
     pub full_packets: u64,
-    /// Whether packets are on their way through any lane, or back to the hook that they came from.
-    pub is_underway: bool,
     /// The word behind `packets` and `bytes`.
     pub load: u64,
 }
